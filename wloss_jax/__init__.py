@@ -1,0 +1,94 @@
+"""Masked, weighted losses whose mean and gradient do not depend on how data is split.
+
+From ragged samples to the gradient step, each line with the module that it lives in::
+
+    padded, lengths = wl.pad_ragged(samples, buckets=(128, 256))       # padding
+    where = wl.observed_mask(targets)                                  # masks
+    prediction = wl.select_head((first, second), head)                 # heads
+    m = wl.absolute_error(prediction, targets, lengths=n, where=where) # losses
+    m = per_sample.reweight(wl.size_power(0.5)).merge()                # weighting
+    loss = (m + another).compute()                                     # weighted_mean
+"""
+
+from wloss_jax.heads import select_head
+from wloss_jax.losses import (
+    absolute_error,
+    cosine_distance,
+    ctc_loss,
+    gaussian_nll,
+    generalized_kl_divergence,
+    hinge_loss,
+    huber_loss,
+    kl_divergence,
+    kl_divergence_with_log_targets,
+    l2_loss,
+    log_cosh,
+    masked,
+    multiclass_hinge_loss,
+    multiclass_perceptron_loss,
+    multiclass_sparsemax_loss,
+    per_sample,
+    perceptron_loss,
+    poisson_nll,
+    poly_loss_cross_entropy,
+    quantile_loss,
+    safe_softmax_cross_entropy,
+    sigmoid_binary_cross_entropy,
+    sigmoid_focal_loss,
+    softmax_cross_entropy,
+    softmax_cross_entropy_with_integer_labels,
+    sparsemax_loss,
+    squared_error,
+    triplet_margin_loss,
+)
+from wloss_jax.masks import length_mask, observed_mask
+from wloss_jax.padding import bucket_sizes, pad_ragged
+from wloss_jax.weighted_mean import WeightedMean, weighted_mean
+from wloss_jax.weighting import loss_power, mean_of_means_bias, size_power
+
+__version__ = "0.1.0"
+
+__all__ = [
+    # ragged samples to padded arrays
+    "bucket_sizes",
+    "pad_ragged",
+    # which elements count, and whose prediction
+    "length_mask",
+    "observed_mask",
+    "select_head",
+    # the value that adds up, and schemes for its weight
+    "WeightedMean",
+    "weighted_mean",
+    "size_power",
+    "loss_power",
+    "mean_of_means_bias",
+    # losses: any of your own, and the named ones
+    "masked",
+    "per_sample",
+    "absolute_error",
+    "cosine_distance",
+    "ctc_loss",
+    "gaussian_nll",
+    "generalized_kl_divergence",
+    "hinge_loss",
+    "huber_loss",
+    "kl_divergence",
+    "kl_divergence_with_log_targets",
+    "l2_loss",
+    "log_cosh",
+    "multiclass_hinge_loss",
+    "multiclass_perceptron_loss",
+    "multiclass_sparsemax_loss",
+    "perceptron_loss",
+    "poisson_nll",
+    "poly_loss_cross_entropy",
+    "quantile_loss",
+    "safe_softmax_cross_entropy",
+    "sigmoid_binary_cross_entropy",
+    "sigmoid_focal_loss",
+    "softmax_cross_entropy",
+    "softmax_cross_entropy_with_integer_labels",
+    "sparsemax_loss",
+    "squared_error",
+    "triplet_margin_loss",
+]

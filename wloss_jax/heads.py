@@ -1,0 +1,76 @@
+"""Two heads or any number: the sample's type picks whose prediction is scored."""
+
+from collections.abc import Sequence
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from wloss_jax.masks import check_array, expand_leading
+
+
+def select_head(
+    predictions: Sequence[ArrayLike] | ArrayLike, head: ArrayLike
+) -> jax.Array:
+    """Picks the prediction of one head, element by element.
+
+    ``selected = predictions[head]``
+
+    Whatever the other heads hold, NaN too, changes nothing and gets a gradient of
+    exactly 0. Select first and take one loss of the result: that compiles to one pass,
+    where scoring every head and choosing after takes one for each. A head out of range
+    selects NaN, never another head.
+
+    Args:
+      predictions: a sequence of floating arrays of one shape and dtype, a head each, or
+        one array ``[H, ...]`` whose axis 0 is the head.
+      head: integer, lined up with the leading axes of one prediction: a scalar for a
+        sample ``[L]``, ``[B]`` for a batch ``[B, L]``.
+
+    Returns:
+      floating, the shape and dtype of one prediction.
+
+    Raises:
+      AssertionError: no heads, heads of different shapes or dtypes, a ``head`` that is
+        not integer or does not line up.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import wloss_jax as wl
+      >>> first, second = jnp.array([1.0, 2.0]), jnp.array([jnp.nan, 4.0])
+      >>> print(wl.select_head((first, second), 0))
+      [1. 2.]
+      >>> import jax
+      >>> print(jax.grad(lambda s: wl.select_head((first, s), 0).sum())(second))
+      [0. 0.]
+    """
+    if isinstance(predictions, list | tuple):
+        heads = [
+            check_array(f"predictions[{i}]", prediction, float)
+            for i, prediction in enumerate(predictions)
+        ]
+    else:
+        stacked = check_array("predictions", predictions, float)
+        chex.assert_rank(
+            stacked,
+            set(range(1, 33)),
+            custom_message="`predictions` must be a sequence of arrays, or one array "
+            "whose axis 0 is the head.",
+        )
+        heads = [stacked[i] for i in range(stacked.shape[0])]
+    chex.assert_equal(
+        bool(heads), True, custom_message="`predictions` holds no heads to select from."
+    )
+    for i, prediction in enumerate(heads):
+        chex.assert_equal(
+            (prediction.shape, prediction.dtype),
+            (heads[0].shape, heads[0].dtype),
+            custom_message=f"`predictions[{i}]` differs from `predictions[0]` in shape "
+            "or dtype: all heads must have the same.",
+        )
+    head = expand_leading("head", check_array("head", head, int), heads[0].shape)
+    selected = jnp.full_like(heads[0], jnp.nan)
+    for i, prediction in enumerate(heads):
+        selected = jnp.where(head == i, prediction, selected)
+    return selected

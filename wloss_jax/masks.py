@@ -1,0 +1,209 @@
+"""Which elements count: masks, the alignment rule, and inputs made safe.
+
+Nouns make masks (`length_mask`, `observed_mask`); every loss takes one as ``where``.
+What the losses and `weighted_mean` share stands here too: the checks of their
+arguments, the one mask that ``where``, ``lengths`` and ``segment_ids`` add up to, and
+`make_safe`, which takes the content of masked positions out of reach.
+
+**The alignment rule.** ``where``, ``weights`` and ``segment_ids`` line up with the
+*leading* axes of the elementwise loss: ``[B]`` weights on a ``[B, L]`` loss weigh
+samples, even where B equals L. ``lengths`` has the shape of the axes before the one
+that it bounds. NumPy's own rule, which lines up the trailing axes, is never used.
+"""
+
+import functools
+import math
+from typing import cast
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+
+def length_mask(lengths: ArrayLike, size: int) -> jax.Array:
+    """Marks the first ``lengths`` of ``size`` positions.
+
+    ``mask[..., i] = i < lengths[...]``
+
+    A length past ``size`` marks all positions and a negative one none; whether lengths
+    are in range is `wloss_jax.testing.assert_valid_batch`'s to say.
+
+    Args:
+      lengths: how many positions count, integer ``[...]``; ``[B]`` for a batch, a
+        scalar for one sample.
+      size: the size of the padded axis.
+
+    Returns:
+      bool ``[..., size]``, True where a position counts.
+
+    Raises:
+      AssertionError: ``lengths`` is not an integer array, or ``size`` not an integer.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import wloss_jax as wl
+      >>> print(wl.length_mask(jnp.array([2, 0, 3]), 3))
+      [[ True  True False]
+       [False False False]
+       [ True  True  True]]
+    """
+    lengths = check_array("lengths", lengths, int)
+    chex.assert_type(size, int, custom_message="`size` must be a Python integer.")
+    shape = (*lengths.shape, int(size))
+    positions = jax.lax.broadcasted_iota(jnp.int32, shape, lengths.ndim)
+    return positions < lengths.astype(jnp.int32)[..., None]
+
+
+def observed_mask(targets: ArrayLike, missing: float = math.nan) -> jax.Array:
+    """Marks the targets that were measured.
+
+    ``mask = targets != missing``, and ``mask = ~isnan(targets)`` for a NaN ``missing``
+
+    With a sentinel, a NaN among the targets is *not* missing: it counts, and stays
+    visible in the loss. Integer targets have no NaN: give them a sentinel.
+
+    Args:
+      targets: floating or integer ``[...]``.
+      missing: the value that stands for "not measured"; NaN, or a sentinel such as -1.
+
+    Returns:
+      bool ``[...]``, of the shape of ``targets``.
+
+    Raises:
+      AssertionError: ``targets`` is not a numeric array, or it is an integer array and
+        ``missing`` is not a whole number.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import wloss_jax as wl
+      >>> print(wl.observed_mask(jnp.array([0.5, jnp.nan, -1.0])))
+      [ True False  True]
+      >>> print(wl.observed_mask(jnp.array([7, 2, -1]), missing=-1))
+      [ True  True False]
+    """
+    targets = check_array("targets", targets)
+    if jnp.issubdtype(targets.dtype, jnp.floating):
+        if math.isnan(missing):
+            return ~jnp.isnan(targets)
+        return targets != jnp.asarray(missing, targets.dtype)
+    chex.assert_equal(
+        float(missing).is_integer(),
+        True,
+        custom_message=f"`missing` is {missing}, which {describe(targets)} `targets` "
+        "cannot hold: pass the integer sentinel, such as `missing=-1`.",
+    )
+    return targets != int(missing)
+
+
+def valid_mask(
+    shape: tuple[int, ...],
+    *,
+    where: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
+    segment_ids: ArrayLike | None = None,
+    num_segments: int | None = None,
+) -> jax.Array | None:
+    """The one mask that the shared keywords add up to, or None where all count.
+
+    A segment id outside ``[0, num_segments)`` marks padding between packed samples.
+
+    Args:
+      shape: the shape of the elementwise loss, and of the mask.
+      where: as in `wloss_jax.weighted_mean`, and so are the others.
+      lengths: bounds the axis that comes after its own.
+      segment_ids: the sample that an element belongs to.
+      num_segments: the number of samples.
+    """
+    masks = []
+    if where is not None:
+        where = check_array("where", where, bool)
+        masks.append(expand_leading("where", where, shape))
+    if lengths is not None:
+        lengths = check_array("lengths", lengths, int)
+        mend = (
+            f"`lengths` has shape {lengths.shape} and the loss {shape}: lengths must "
+            "have the shape of the axes before the one that it bounds, (B,) for a loss "
+            "of shape (B, L), () for one sample of shape (L,)."
+        )
+        chex.assert_rank(lengths, set(range(len(shape))), custom_message=mend)
+        chex.assert_shape(lengths, shape[: lengths.ndim], custom_message=mend)
+        mask = length_mask(lengths, shape[lengths.ndim])
+        masks.append(expand_leading("lengths", mask, shape))
+    chex.assert_equal(
+        (segment_ids is None, num_segments is None),
+        (num_segments is None, segment_ids is None),
+        custom_message="`segment_ids` and a static `num_segments` come together: the "
+        "number of segments is the size of the result. Got num_segments="
+        f"{num_segments} and {'no' if segment_ids is None else 'some'} segment_ids.",
+    )
+    if segment_ids is not None and num_segments is not None:
+        segment_ids = check_array("segment_ids", segment_ids, int)
+        ids = expand_leading("segment_ids", segment_ids, shape)
+        masks.append((ids >= 0) & (ids < num_segments))
+    return functools.reduce(jnp.logical_and, masks) if masks else None
+
+
+def make_safe(array: jax.Array, mask: jax.Array) -> jax.Array:
+    """Puts a harmless value at the masked positions of ``array``.
+
+    ``array`` may have event axes after those of ``mask``. The harmless value is 0.5 for
+    floating arrays, inside the domain of ``log``, ``log1p(-x)``, ``sqrt``, ``1/x`` and
+    ``arcsin``, so that a loss and its derivatives stay finite there; else 0.
+    """
+    mask = mask.reshape(mask.shape + (1,) * (array.ndim - mask.ndim))
+    harmless = 0.5 if jnp.issubdtype(array.dtype, jnp.floating) else 0
+    return jnp.where(mask, array, jnp.asarray(harmless, array.dtype))
+
+
+def expand_leading(name: str, array: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Broadcasts ``array``, lined up with the leading axes of ``shape``, to it."""
+    mend = (
+        f"`{name}` has shape {array.shape} and the loss {shape}: {name} lines up with "
+        f"the leading axes of the loss, so {shape[: array.ndim]} is expected. Drop "
+        "axes of size 1, or transpose so that the loss's first axes come first."
+    )
+    chex.assert_rank(array, set(range(len(shape) + 1)), custom_message=mend)
+    chex.assert_shape(array, shape[: array.ndim], custom_message=mend)
+    expanded = array.reshape(array.shape + (1,) * (len(shape) - array.ndim))
+    return jnp.broadcast_to(expanded, shape)
+
+
+_MENDS = {
+    bool: "It says which elements count: pass `{0}.astype(bool)` for a 0/1 mask, and "
+    "how much an element counts as `weights`.",
+    int: "Pass `{0}.astype(jnp.int32)` if its values are whole numbers.",
+    float: "Pass `{0}.astype(jnp.float32)` if its values are quantities; which "
+    "elements count is said by `where`.",
+}
+
+
+def check_array(name: str, value: object, kind: type | None = None) -> jax.Array:
+    """Takes arrays and numbers of a ``kind``: bool, int, float, or None for any.
+
+    Nothing is cast, and nothing is guessed at: a list, a string or None is an error.
+    """
+    chex.assert_equal(
+        _is_numeric(value),
+        True,
+        custom_message=f"`{name}` must be an array of numbers; got "
+        f"{type(value).__name__}. Pass `jnp.asarray(...)` of it, or pad ragged samples "
+        "with `wloss_jax.pad_ragged` first.",
+    )
+    array = jnp.asarray(cast(ArrayLike, value))
+    if kind is not None:
+        mend = f"`{name}` is {describe(array)}. {_MENDS[kind].format(name)}"
+        chex.assert_type(array, kind, custom_message=mend)
+    return array
+
+
+def _is_numeric(value: object) -> bool:
+    if isinstance(value, np.ndarray | np.generic):
+        return value.dtype == bool or jnp.issubdtype(value.dtype, jnp.number)
+    return isinstance(value, jax.Array | bool | int | float)
+
+
+def describe(array: jax.Array) -> str:
+    """Says what came: ``float32[4, 1]``."""
+    return f"{array.dtype}{list(array.shape)}"

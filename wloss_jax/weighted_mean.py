@@ -1,0 +1,303 @@
+"""A weighted mean that is not divided yet: `WeightedMean`, and how one is made.
+
+Every loss of this package returns a `WeightedMean`. Across samples, microbatches,
+devices, processes, steps and epochs there is only addition, of totals and of weights;
+there is one guarded division, last, in `WeightedMean.compute`. That is all there is to
+split invariance: sums do not depend on how their terms are grouped, means do.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Self, TypeVar, cast
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from wloss_jax.masks import check_array, expand_leading, valid_mask
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+AxisName = str | tuple[str, ...]
+
+
+def jit_compiled(*static: str) -> Callable[[_Function], _Function]:
+    """`jax.jit` with ``static`` arguments, which melts into a caller's jit.
+
+    The type of the function is kept, so that signatures reach editors and checkers.
+    """
+
+    def decorate(function: _Function) -> _Function:
+        jitted = jax.jit(function, static_argnames=static, inline=True)
+        return cast(_Function, jitted)
+
+    return decorate
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True, eq=False, repr=False, init=False)
+class WeightedMean:
+    """Holds a weighted sum and the sum of its weights, still apart.
+
+    ``mean = total / weight``
+
+    A pytree, so that it passes through `jax.jit`, `jax.vmap` (which gives one of shape
+    ``[B]``), `jax.lax.scan` and collectives. Divide once, last, with `compute`: a mean
+    of means is what this class is there to avoid.
+
+    Attributes:
+      total: floating ``[...]``, the sum of weight times value.
+      weight: floating ``[...]``, the sum of the weights; a constant for gradients.
+
+    Raises:
+      AssertionError: ``total`` or ``weight`` is not floating, or their shapes differ.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import wloss_jax as wl
+      >>> first, second = wl.WeightedMean(10.0, 8.0), wl.WeightedMean(5.0, 2.0)
+      >>> first + second
+      WeightedMean(mean=1.5, weight=10.0)
+      >>> print(sum([first, second]).compute())
+      1.5
+    """
+
+    total: jax.Array
+    weight: jax.Array
+
+    def __init__(self, total: ArrayLike, weight: ArrayLike):
+        total, weight = (
+            check_array(name, float(value) if type(value) is int else value, float)
+            for name, value in (("total", total), ("weight", weight))
+        )
+        chex.assert_equal(
+            total.shape,
+            weight.shape,
+            custom_message=f"`total` has shape {total.shape} and `weight` "
+            f"{weight.shape}: they must be the same, one weight for each total.",
+        )
+        dtype = jnp.result_type(total, weight, jnp.float32)
+        object.__setattr__(self, "total", jnp.asarray(total, dtype))
+        object.__setattr__(self, "weight", jnp.asarray(weight, dtype))
+
+    @classmethod
+    def zeros(cls, shape: tuple[int, ...] = ()) -> Self:
+        """Makes the identity of addition: nothing seen yet."""
+        return cls(jnp.zeros(shape), jnp.zeros(shape))
+
+    def __add__(self, other: "WeightedMean") -> "WeightedMean":
+        if not isinstance(other, WeightedMean):
+            return NotImplemented
+        chex.assert_equal(
+            self.total.shape,
+            other.total.shape,
+            custom_message="added `WeightedMean`s must have one shape: `merge` the "
+            "batch axes first.",
+        )
+        return WeightedMean(self.total + other.total, self.weight + other.weight)
+
+    def __radd__(self, other: int) -> "WeightedMean":
+        # `sum` starts from the integer 0.
+        return self if type(other) is int and other == 0 else NotImplemented
+
+    def merge(self, axis: int | tuple[int, ...] | None = None) -> "WeightedMean":
+        """Adds up batch axes, all of them by default: a [B] of means becomes one.
+
+        Args:
+          axis: the axis or axes to add up.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> import wloss_jax as wl
+          >>> wl.WeightedMean(jnp.array([10.0, 5.0]), jnp.array([8.0, 2.0])).merge()
+          WeightedMean(mean=1.5, weight=10.0)
+        """
+        return WeightedMean(self.total.sum(axis), self.weight.sum(axis))
+
+    def psum(self, axis_name: AxisName) -> "WeightedMean":
+        """Adds up over the devices of a mapped axis.
+
+        For values. Around a gradient, use `wloss_jax.value_and_grad`: what the gradient
+        of a `jax.lax.psum` means depends on the kind of map it stands in.
+
+        Args:
+          axis_name: the mapped axis, or a tuple of them.
+        """
+        total, weight = jax.lax.psum((self.total, self.weight), axis_name)
+        return WeightedMean(total, weight)
+
+    def compute(self, empty: ArrayLike = 0.0) -> jax.Array:
+        """Divides: ``total / weight``, and ``empty`` where the weight is 0.
+
+        The gradient is exactly 0 where the weight is 0, and none flows through the
+        weight. No epsilon, and no floor under the weight: a mean of small weights is
+        as good as one of large ones.
+
+        Args:
+          empty: the value where nothing counted.
+
+        Returns:
+          floating ``[...]``, of the shape of ``total``.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> import wloss_jax as wl
+          >>> nothing = wl.weighted_mean(jnp.array([jnp.nan]), where=jnp.array([False]))
+          >>> print(nothing.compute(), nothing.compute(empty=jnp.nan))
+          0.0 nan
+        """
+        weight = jax.lax.stop_gradient(self.weight)
+        is_empty = weight == 0
+        mean = self.total / jnp.where(is_empty, jnp.ones_like(weight), weight)
+        return jnp.where(is_empty, jnp.asarray(empty, mean.dtype), mean)
+
+    def reweight(
+        self, fn: Callable[[jax.Array, jax.Array], jax.Array]
+    ) -> "WeightedMean":
+        """Gives each entry the weight ``fn(size, loss)`` and keeps its mean.
+
+        ``size`` is the entry's weight and ``loss`` its mean, both constants for
+        gradients. An empty entry stays empty, whatever ``fn`` says.
+
+        Args:
+          fn: a scheme, such as `wloss_jax.size_power` or `wloss_jax.loss_power` makes:
+            two floating ``[...]`` to one of the same shape, finite and not negative.
+
+        Returns:
+          A `WeightedMean` of the same shape, usually to be merged next.
+
+        Raises:
+          AssertionError: ``fn`` returns another shape, or no floating array.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> import wloss_jax as wl
+          >>> per_sample = wl.WeightedMean(jnp.array([8.0, 4.0]), jnp.array([8.0, 2.0]))
+          >>> per_sample.merge()
+          WeightedMean(mean=1.2, weight=10.0)
+          >>> per_sample.reweight(wl.size_power(0.0)).merge()
+          WeightedMean(mean=1.5, weight=2.0)
+        """
+        size = jax.lax.stop_gradient(self.weight)
+        is_empty = size == 0
+        # An empty entry goes through `fn` as one of size 1, so that no scheme has to
+        # mind powers of 0.
+        safe_size = jnp.where(is_empty, jnp.ones_like(size), size)
+        loss = jax.lax.stop_gradient(self.compute())
+        weight = check_array("the weight that `fn` returns", fn(safe_size, loss), float)
+        chex.assert_equal(
+            weight.shape,
+            size.shape,
+            custom_message="`fn` must return one weight for each entry.",
+        )
+        weight = jnp.where(is_empty, 0, jax.lax.stop_gradient(weight))
+        return WeightedMean(self.total * (weight / safe_size), weight)
+
+    def __repr__(self) -> str:
+        try:
+            return f"WeightedMean(mean={self.compute()!s}, weight={self.weight!s})"
+        except Exception:  # a pytree of something else than arrays: specs, axes, None
+            return f"WeightedMean(total={self.total!r}, weight={self.weight!r})"
+
+    def tree_flatten_with_keys(self) -> tuple[Any, None]:
+        """Flattens to ``total`` and ``weight``."""
+        keys = (jax.tree_util.GetAttrKey("total"), jax.tree_util.GetAttrKey("weight"))
+        return tuple(zip(keys, (self.total, self.weight), strict=True)), None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, children: tuple[Any, Any]) -> Self:
+        """Rebuilds without checks: JAX also unflattens specs, axes and placeholders."""
+        self = object.__new__(cls)
+        object.__setattr__(self, "total", children[0])
+        object.__setattr__(self, "weight", children[1])
+        return self
+
+
+@jit_compiled("num_segments")
+def weighted_mean(
+    values: ArrayLike,
+    *,
+    where: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    segment_ids: ArrayLike | None = None,
+    num_segments: int | None = None,
+) -> WeightedMean:
+    """Reduces all of ``values`` to one `WeightedMean`.
+
+    ``total = sum_i w_i v_i``, ``weight = sum_i w_i``, over the elements that count
+
+    A masked element is gone, whatever it holds; NaN at an element that counts stays
+    visible, and a weight of 0 is no mask: 0 times NaN is NaN. The inputs of a loss must
+    be safe *before* the loss sees them, or NaN comes back in its gradient: for that,
+    use `wloss_jax.masked` or one of the losses rather than masking values here.
+
+    Args:
+      values: floating ``[...]``, elementwise losses, ``[B, L]`` say. bfloat16 and
+        float16 are summed in float32.
+      where: bool, lined up with the leading axes of ``values``; True counts.
+      lengths: integer, of the shape of the axes before the one that it bounds: ``[B]``
+        for ``[B, L]``, ``[]`` for ``[L]``. Positions from a length on do not count.
+      weights: floating, lined up with the leading axes of ``values``, not negative; how
+        much an element counts. 1 by default. No gradient flows through it.
+      segment_ids: integer, lined up with the leading axes of ``values``: which of the
+        packed samples an element belongs to. Ids outside ``[0, num_segments)`` are
+        padding.
+      num_segments: the static number of packed samples.
+
+    Returns:
+      A scalar `WeightedMean`, or one of ``[num_segments]`` with ``segment_ids``.
+
+    Raises:
+      AssertionError: a dtype or a shape that does not fit; the message names the
+        argument, what came, what was expected, and how to mend it.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import wloss_jax as wl
+      >>> values = jnp.array([[1.0, 2.0, jnp.nan], [6.0, jnp.nan, jnp.nan]])
+      >>> wl.weighted_mean(values, lengths=jnp.array([2, 1]))
+      WeightedMean(mean=3.0, weight=3.0)
+      >>> ids = jnp.array([[0, 0, -1], [1, -1, -1]])
+      >>> wl.weighted_mean(values, segment_ids=ids, num_segments=2)
+      WeightedMean(mean=[1.5 6. ], weight=[2. 1.])
+    """
+    values = check_array("values", values, float)
+    dtype = jnp.result_type(values, jnp.float32)
+    if weights is not None:
+        weights = jax.lax.stop_gradient(check_array("weights", weights, float))
+        dtype = jnp.result_type(dtype, weights)
+        weights = expand_leading("weights", weights.astype(dtype), values.shape)
+    mask = valid_mask(
+        values.shape,
+        where=where,
+        lengths=lengths,
+        segment_ids=segment_ids,
+        num_segments=num_segments,
+    )
+    add_up = functools.partial(
+        _add_up, segment_ids=segment_ids, num_segments=num_segments
+    )
+    values = values.astype(dtype)
+    if mask is not None:
+        values = jnp.where(mask, values, 0)
+    if weights is None:
+        # Counted in integers: float32 stops counting at 2**24.
+        ones = jnp.ones(values.shape, bool) if mask is None else mask
+        return WeightedMean(
+            add_up(values), add_up(ones.astype(jnp.int32)).astype(dtype)
+        )
+    if mask is not None:
+        weights = jnp.where(mask, weights, 0)
+    return WeightedMean(add_up(values * weights), add_up(weights))
+
+
+def _add_up(
+    x: jax.Array, segment_ids: ArrayLike | None, num_segments: int | None
+) -> jax.Array:
+    if segment_ids is None:
+        return x.sum()
+    ids = jnp.asarray(segment_ids)
+    x = x.sum(axis=tuple(range(ids.ndim, x.ndim)))
+    return jax.ops.segment_sum(x.ravel(), ids.ravel(), num_segments)
