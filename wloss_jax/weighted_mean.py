@@ -19,6 +19,7 @@ from jax.typing import ArrayLike
 from wloss_jax.masks import check_array, expand_leading, valid_mask
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+_Tree = TypeVar("_Tree")
 AxisName = str | tuple[str, ...]
 
 
@@ -124,8 +125,7 @@ class WeightedMean:
         Args:
           axis_name: the mapped axis, or a tuple of them.
         """
-        total, weight = jax.lax.psum((self.total, self.weight), axis_name)
-        return WeightedMean(total, weight)
+        return psum(self, axis_name)
 
     def compute(self, empty: ArrayLike = 0.0) -> jax.Array:
         """Divides: ``total / weight``, and ``empty`` where the weight is 0.
@@ -212,6 +212,37 @@ class WeightedMean:
         object.__setattr__(self, "total", children[0])
         object.__setattr__(self, "weight", children[1])
         return self
+
+
+def axis_names(axis_name: AxisName) -> tuple[str, ...]:
+    """The names in ``axis_name``, which may be one or a tuple of them."""
+    return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+
+
+def psum(tree: _Tree, axis_name: AxisName) -> _Tree:
+    """`jax.lax.psum` of arrays, whether or not they differ between the devices."""
+    if not axis_names(axis_name):
+        return tree
+    varying = jax.tree.map(lambda x: vary(x, axis_name), tree)
+    return cast(_Tree, jax.lax.psum(varying, axis_name))
+
+
+def vary(array: jax.Array, axis_name: AxisName) -> jax.Array:
+    """Types ``array`` as one that differs between the devices of a `jax.shard_map`.
+
+    With ``check_vma`` on, `jax.lax.psum` over several axes wants its operand to vary
+    over all of them or none, and the gradient with respect to an array that does *not*
+    vary is summed over the devices by itself. An array that varies escapes both. Where
+    nothing tracks what varies (``check_vma`` off, `jax.vmap`), nothing happens.
+    """
+    mapped = jax.sharding.get_abstract_mesh().manual_axes
+    varying = jax.typeof(array).manual_axis_type.varying
+    missing = tuple(
+        name for name in axis_names(axis_name) if name in mapped and name not in varying
+    )
+    if not missing:
+        return array
+    return cast(jax.Array, jax.lax.pcast(array, missing, to="varying"))
 
 
 @jit_compiled("num_segments")
