@@ -8,8 +8,12 @@ From ragged samples to the gradient step, each line with the module that it live
     m = wl.absolute_error(prediction, targets, lengths=n, where=where) # losses
     m = per_sample.reweight(wl.size_power(0.5)).merge()                # weighting
     loss = (m + another).compute()                                     # weighted_mean
+    optimizer = wl.multi_steps(optax.adamw(1e-3), every_k=8)           # accumulation
+    running = running.update(m)                                        # accumulation
 """
 
+from wloss_jax.accumulation import RunningMean, multi_steps
+from wloss_jax.gradients import value_and_grad
 from wloss_jax.heads import select_head
 from wloss_jax.losses import (
     absolute_error,
@@ -62,6 +66,11 @@ __all__ = [
     "size_power",
     "loss_power",
     "mean_of_means_bias",
+    # the gradient step
+    "value_and_grad",
+    # across steps: optimizer calls, and evaluation
+    "multi_steps",
+    "RunningMean",
     # losses: any of your own, and the named ones
     "masked",
     "per_sample",
