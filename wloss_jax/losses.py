@@ -880,7 +880,7 @@ def _integer_cross_entropy(
     target = target * nan_unless_class(labels, logits.shape[-1])
     if label_smoothing:
         target += label_smoothing * (logits.mean(axis=-1) - target)
-    loss = lse - target
+    loss: jax.Array = lse - target
     return loss + z_loss * lse**2 if z_loss else loss
 
 
