@@ -1,10 +1,8 @@
 """Ragged samples to a few fixed shapes, on the host and in NumPy alone.
 
-JAX compiles once for each shape: :func:`bucket_sizes` finds the few sizes that waste
-the least padding, and :func:`pad_ragged` pads a batch to the smallest that holds it.
+JAX compiles once for each shape: `bucket_sizes` finds the few sizes that waste
+the least padding, and `pad_ragged` pads a batch to the smallest that holds it.
 """
-
-from __future__ import annotations
 
 import itertools
 import operator
@@ -14,8 +12,6 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-
-__all__ = ["bucket_sizes", "pad_ragged"]
 
 _NOT_NUMBERS = "OSUMm"  # kinds of dtype: objects, strings, dates
 
@@ -33,31 +29,31 @@ def pad_ragged(
     sample that does not fit is an error.
 
     Args:
-        samples: B arrays ``[L_i, ...]`` of one dtype and one trailing shape, which
-            ``padded`` keeps. A sample may be empty.
-        size: the padded length. The longest sample's by default.
-        buckets: the padded lengths allowed, of which the smallest that holds the
-            longest sample is taken; see :func:`bucket_sizes`.
-        value: what stands in the padding.
+      samples: B arrays ``[L_i, ...]`` of one dtype and one trailing shape, which
+          ``padded`` keeps. A sample may be empty.
+      size: the padded length. The longest sample's by default.
+      buckets: the padded lengths allowed, of which the smallest that holds the
+          longest sample is taken; see `bucket_sizes`.
+      value: what stands in the padding.
 
     Returns:
-        ``padded``, ``[B, size, ...]``, and ``lengths``, ``[B]`` int32.
+      ``padded``, ``[B, size, ...]``, and ``lengths``, ``[B]`` int32.
 
     Raises:
-        ValueError: no samples; one longer than `size` or than every bucket; samples of
-            different dtypes or trailing shapes; both `size` and `buckets`; a `value`
-            that the dtype does not hold.
-        TypeError: samples that are not numbers, or a size that is not an integer.
+      ValueError: no samples; one longer than `size` or than every bucket; samples of
+          different dtypes or trailing shapes; both `size` and `buckets`; a `value`
+          that the dtype does not hold.
+      TypeError: samples that are not numbers, or a size that is not an integer.
 
     Example:
-        >>> import numpy as np
-        >>> samples = [np.array([1.0, 2.0, 3.0]), np.array([4.0])]
-        >>> padded, lengths = pad_ragged(samples, buckets=(4, 8))
-        >>> padded
-        array([[1., 2., 3., 0.],
-               [4., 0., 0., 0.]])
-        >>> lengths
-        array([3, 1], dtype=int32)
+      >>> import numpy as np
+      >>> samples = [np.array([1.0, 2.0, 3.0]), np.array([4.0])]
+      >>> padded, lengths = pad_ragged(samples, buckets=(4, 8))
+      >>> padded
+      array([[1., 2., 3., 0.],
+             [4., 0., 0., 0.]])
+      >>> lengths
+      array([3, 1], dtype=int32)
     """
     arrays, lengths = _as_arrays(samples)
     # An empty sample has no elements, so its dtype and trailing shape say nothing.
@@ -96,37 +92,37 @@ def bucket_sizes(
     own bucket; a batch is padded to that of its longest, so group similar lengths.
 
     Args:
-        lengths: the lengths of all samples, integers of any shape. A million take a
-            fraction of a second: one sort, then time linear in the distinct sizes.
-        num_buckets: how many shapes may be compiled.
-        multiple_of: what each size is a multiple of; 8 or 128 where the hardware tiles.
+      lengths: the lengths of all samples, integers of any shape. A million take a
+          fraction of a second: one sort, then time linear in the distinct sizes.
+      num_buckets: how many shapes may be compiled.
+      multiple_of: what each size is a multiple of; 8 or 128 where the hardware tiles.
 
     Returns:
-        The sizes, ascending and positive, the last of which holds the longest sample;
-        fewer than `num_buckets` where there are fewer distinct sizes.
+      The sizes, ascending and positive, the last of which holds the longest sample;
+      fewer than `num_buckets` where there are fewer distinct sizes.
 
     Raises:
-        ValueError: no lengths, a negative one, or a `num_buckets` or `multiple_of`
-            below 1.
-        TypeError: lengths or counts that are not integers.
+      ValueError: no lengths, a negative one, or a `num_buckets` or `multiple_of`
+          below 1.
+      TypeError: lengths or counts that are not integers.
 
     Example:
-        Log-normal lengths of mean about 300, cut at 2048. Powers of two keep 70% of the
-        padded elements valid, the best six sizes 75%:
+      Log-normal lengths of mean about 300, cut at 2048. Powers of two keep 70% of the
+      padded elements valid, the best six sizes 75%:
 
-        >>> import numpy as np
-        >>> lengths = np.random.default_rng(0).lognormal(5.4, 0.8, 100_000).astype(int)
-        >>> lengths = np.minimum(lengths, 2048)
-        >>> def share_valid(sizes):
-        ...     padded = np.take(sizes, np.searchsorted(sizes, lengths))
-        ...     return round(float(lengths.sum() / padded.sum()), 2)
-        >>> share_valid((64, 128, 256, 512, 1024, 2048))
-        0.7
-        >>> sizes = bucket_sizes(lengths, 6)
-        >>> sizes
-        (158, 280, 440, 673, 1089, 2048)
-        >>> share_valid(sizes)
-        0.75
+      >>> import numpy as np
+      >>> lengths = np.random.default_rng(0).lognormal(5.4, 0.8, 100_000).astype(int)
+      >>> lengths = np.minimum(lengths, 2048)
+      >>> def share_valid(sizes):
+      ...     padded = np.take(sizes, np.searchsorted(sizes, lengths))
+      ...     return round(float(lengths.sum() / padded.sum()), 2)
+      >>> share_valid((64, 128, 256, 512, 1024, 2048))
+      0.7
+      >>> sizes = bucket_sizes(lengths, 6)
+      >>> sizes
+      (158, 280, 440, 673, 1089, 2048)
+      >>> share_valid(sizes)
+      0.75
     """
     count = _as_size("num_buckets", num_buckets, minimum=1)
     multiple = _as_size("multiple_of", multiple_of, minimum=1)
