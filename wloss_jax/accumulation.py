@@ -16,7 +16,7 @@ import optax
 from jax.typing import ArrayLike
 
 from wloss_jax.masks import check_array
-from wloss_jax.weighted_mean import WeightedMean
+from wloss_jax.weighted_mean import WeightedMean, jit_compiled
 
 
 class MultiStepsState(NamedTuple):
@@ -187,6 +187,9 @@ def multi_steps(
             updates, _ = jax.eval_shape(step)
             return jax.tree.map(jnp.zeros_like, updates), state
 
+        if not isinstance(is_due, jax.core.Tracer):
+            # Outside of a jit, `cond` would compile both branches on every call.
+            return step() if is_due else wait()
         result: tuple[Any, MultiStepsState] = jax.lax.cond(is_due, step, wait)
         return result
 
@@ -356,6 +359,7 @@ class RunningMean:
             return f"RunningMean({', '.join(fields)})"
 
 
+@jit_compiled()
 def _add(
     a: jax.Array, a_low: jax.Array, b: jax.Array, b_low: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
