@@ -1,0 +1,486 @@
+"""gradients.py on one device: every split of a batch against the float64 oracle."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+
+import wloss_jax as wl
+from tests import strategies, two_terms
+
+B, L = 16, 6
+DIVISORS = (1, 2, 4, 8, 16)
+OTHERS = (3, 32)
+PARAMS = two_terms.draw_params()
+
+# Rounding in float32, of sums that are grouped differently.
+assert_close = functools.partial(
+    jax.tree.map, functools.partial(np.testing.assert_allclose, rtol=2e-6, atol=1e-6)
+)
+
+
+@functools.cache
+def two_terms_step(num_microbatches):
+    return jax.jit(two_terms.make_step(num_microbatches=num_microbatches))
+
+
+def ragged_batch(lengths, seed=0):
+    samples = two_terms.draw_samples(lengths, seed)
+    return samples, two_terms.pad(samples, L)
+
+
+def number_loss_fn(params, batch):
+    return two_terms.loss_fn(params, batch)["number"]
+
+
+def weighted_sum(params, batch):
+    """One parameter, one number a token; its gradient is the mean of ``x``."""
+    return wl.weighted_mean(params * batch["x"], lengths=batch["lengths"])
+
+
+# ------------------------------------------------------------------- every split
+
+
+@settings(deadline=None, max_examples=100)
+@given(lengths=strategies.lengths(B, L), seed=strategies.seeds)
+@example(lengths=[0] * B, seed=0)  # nothing at all
+@example(lengths=[0, 3] * (B // 2), seed=0)  # every other microbatch is empty
+@example(lengths=[0] * (B - 1) + [L], seed=0)  # all but one are
+@example(lengths=[1, *[L] * (B - 1)], seed=0)
+def test_two_terms_are_the_oracle_in_any_number_of_microbatches(lengths, seed):
+    samples, batch = ragged_batch(lengths, seed)
+    expected = two_terms.oracle(PARAMS, samples)
+    for k in DIVISORS + OTHERS:
+        two_terms.assert_exact(two_terms_step(k)(PARAMS, batch), expected)
+
+
+def test_a_lone_term_is_the_oracle():
+    samples, batch = ragged_batch([3, 0, 6, 1] * 4)
+    expected = two_terms.oracle(PARAMS, samples, {"class": 0.0})
+    step = wl.value_and_grad(number_loss_fn, num_microbatches=4)
+    value, grads = jax.jit(step)(PARAMS, batch)
+    two_terms.assert_exact(({"number": value}, grads), expected)
+
+
+def test_the_mean_of_the_means_of_two_halves_is_elsewhere():
+    _, batch = ragged_batch([6, 1] * 8)
+    even = np.arange(B) % 2 == 0
+
+    def mean(rows):
+        half = batch | {"lengths": np.where(rows, batch["lengths"], 0)}
+        return two_terms_step(1)(PARAMS, half)[0]["number"].compute()
+
+    assert abs((mean(even) + mean(~even)) / 2 / mean(even | ~even) - 1) > 0.1
+
+
+@pytest.mark.parametrize("scheme", [wl.size_power, wl.loss_power])
+def test_schemes_are_exact_at_every_split(scheme):
+    lengths = np.array([3, 0, 6, 1, 2, 2, 5, 4])
+    x = np.random.default_rng(0).uniform(0.5, 2, (8, L)).astype(np.float32)
+    param = 1.5
+
+    def loss_fn(param, batch, power):
+        squares = (param * batch["x"]) ** 2
+        per_sample = wl.per_sample(wl.weighted_mean)(squares, lengths=batch["lengths"])
+        return per_sample.reweight(scheme(power)).merge()
+
+    steps = [
+        jax.jit(wl.value_and_grad(loss_fn, num_microbatches=k)) for k in (1, 4, 8, 3)
+    ]
+    for power in 0.0, 0.5, 2.0:
+        total = weight = gradient = 0.0
+        for sample, length in zip(x.astype(float), lengths, strict=True):
+            if length:
+                square = np.mean(sample[:length] ** 2)
+                loss = param**2 * square
+                by_size = scheme is wl.size_power
+                factor = length**power if by_size else length * loss**power
+                total += factor * loss
+                weight += factor
+                gradient += factor * 2 * param * square  # the factor is a constant
+        for step in steps:
+            value, grad = step(param, {"x": x, "lengths": lengths}, power)
+            assert_close(value.compute(), total / weight)
+            assert_close(grad, gradient / weight)
+
+
+# ------------------------------------------------------- rows that make k divide
+
+
+def test_padded_rows_are_copies_under_a_length_of_zero():
+    seen = []
+
+    def loss_fn(param, batch):
+        jax.debug.callback(lambda x, n: seen.append((x, n)), batch["x"], batch["n"])
+        return weighted_sum(param, {"x": batch["x"], "lengths": batch["lengths"]})
+
+    batch = {
+        "x": np.arange(1.0, 6.0, dtype=np.float32)[:, None],
+        "n": np.arange(5),
+        "lengths": np.ones(5, int),
+    }
+    value, grad = wl.value_and_grad(loss_fn, num_microbatches=4)(1.0, batch)
+    assert_close((value.compute(), value.weight, grad), (3.0, 5.0, 3.0))
+    jax.effects_barrier()
+    assert {float(x) for xs, _ in seen for x in xs.ravel()} == {1, 2, 3, 4, 5}
+
+
+@pytest.mark.parametrize("name", ["lengths", "where"])
+def test_the_name_may_be_that_of_an_argument(name):
+    x = np.arange(1.0, 6.0, dtype=np.float32)[:, None]
+    mask = {"lengths": np.ones(5, int), "where": np.ones((5, 1), bool)}[name]
+    if name == "lengths":
+
+        def loss_fn(lengths, param, x):
+            return wl.weighted_mean(param * x, lengths=lengths)
+    else:
+
+        def loss_fn(where, param, x):
+            return wl.weighted_mean(param * x, where=where)
+
+    step = wl.value_and_grad(
+        loss_fn, argnums=1, batch_argnums=(0, 2), num_microbatches=3
+    )
+    value, grad = jax.jit(step)(mask, 1.0, x)
+    assert_close((value.compute(), grad), (3.0, 3.0))
+
+
+def test_a_term_that_gives_padded_rows_weight_is_nan_and_the_others_are_not():
+    def loss_fn(param, batch):
+        terms = {
+            "blind": wl.weighted_mean(param * batch["x"]),
+            "seeing": weighted_sum(param, batch),
+        }
+        return terms, terms
+
+    batch = {"x": np.ones((5, 2), np.float32), "lengths": np.full(5, 2)}
+    for k, is_nan in ((1, False), (5, False), (2, True)):
+        step = wl.value_and_grad(loss_fn, has_aux=True, num_microbatches=k)
+        (value, aux), grad = jax.jit(step)(1.0, batch)
+        for means in value, aux:
+            assert np.isnan(means["blind"].compute()) == is_nan
+            assert_close((means["seeing"].compute(), means["seeing"].weight), (1, 10))
+        assert np.isnan(grad) == is_nan
+
+
+# ---------------------------------------------------------------- what it is given
+
+
+def test_argnums_may_be_a_tuple_of_trees_on_both_sides_of_the_batch():
+    def loss_fn(first, batch, second):
+        params = {"hidden": first, "number": second[0], "class": second[1]}
+        return number_loss_fn(params, batch)
+
+    samples, batch = ragged_batch([3, 0, 6, 1] * 4)
+    expected = two_terms.oracle(PARAMS, samples, {"class": 0.0})
+    args = (PARAMS["hidden"], batch, (PARAMS["number"], PARAMS["class"]))
+    for k in 1, 4:
+        step = jax.jit(wl.value_and_grad(loss_fn, (2, 0), num_microbatches=k))
+        value, (second, first) = step(*args)
+        grads = {"hidden": first, "number": second[0], "class": second[1]}
+        two_terms.assert_exact(({"number": value}, grads), expected)
+
+
+def test_argnums_of_one_in_a_tuple_gives_a_tuple():
+    batch = {"x": np.ones((2, 1), np.float32), "lengths": np.ones(2, int)}
+    _, grads = wl.value_and_grad(weighted_sum, (0,))(1.0, batch)
+    assert_close(grads, (1.0,))
+
+
+def test_without_microbatches_there_need_be_no_batch_and_it_may_have_a_gradient():
+    x = np.array([1.0, 3.0], np.float32)
+    value, grad = wl.value_and_grad(lambda p: wl.weighted_mean(p * x))(2.0)
+    assert_close((value.compute(), grad), (4.0, 2.0))
+
+    value, grad = wl.value_and_grad(lambda p, x: wl.weighted_mean(p * x), 1)(2.0, x)
+    assert_close((value.compute(), grad), (4.0, [1.0, 1.0]))
+
+    value, grad = wl.value_and_grad(lambda p, x: wl.weighted_mean(p * x))(2.0, x=x)
+    assert_close((value.compute(), grad), (4.0, 2.0))
+
+
+def test_keywords_and_partial_reach_the_loss_function():
+    def loss_fn(scale, param, batch, *, power):
+        return weighted_sum(scale * param**power, batch)
+
+    batch = {"x": np.ones((4, 2), np.float32), "lengths": np.array([2, 0, 1, 1])}
+    scaled = functools.partial(loss_fn, 3.0)
+    for k in 1, 2:
+        step = wl.value_and_grad(scaled, num_microbatches=k)
+        value, grad = jax.jit(step, static_argnames="power")(2.0, batch, power=2)
+        assert_close((value.compute(), grad), (12.0, 12.0))
+
+
+def test_keys_numpy_arrays_and_leaves_without_elements_are_cut_alike():
+    def loss_fn(param, batch):
+        assert batch["nothing"].shape == (2, 0)
+        draws = jax.vmap(lambda key: jax.random.normal(key, (3,)))(batch["key"])
+        assert isinstance(batch["old"], jax.Array)
+        assert batch["old"].shape == (2, 2)
+        return weighted_sum(param, {"x": draws, "lengths": batch["lengths"]})
+
+    keys = jax.random.split(jax.random.key(0), 4)
+    batch = {
+        "key": keys,
+        "old": jax.random.key_data(keys),
+        "nothing": np.zeros((4, 0)),
+        "lengths": np.array([1, 3, 0, 2], np.int8),
+    }
+    draws = np.array([jax.random.normal(key, (3,)) for key in keys])
+    expected = np.concatenate([draws[0, :1], draws[1], draws[3, :2]]).mean()
+    value, grad = jax.jit(wl.value_and_grad(loss_fn, num_microbatches=2))(1.0, batch)
+    assert_close((value.compute(), grad), (expected, expected))
+
+
+@pytest.mark.parametrize("make_key", [jax.random.key, jax.random.PRNGKey])
+def test_dropout_with_a_key_a_sample_is_the_same_at_every_split(make_key):
+    def loss_fn(param, batch):
+        def drop(key, x):
+            return jnp.where(jax.random.bernoulli(key, 0.5, x.shape), 2 * x, 0)
+
+        return weighted_sum(
+            param, batch | {"x": jax.vmap(drop)(batch["key"], batch["x"])}
+        )
+
+    x = np.random.default_rng(0).uniform(1, 2, (8, L)).astype(np.float32)
+    batch = {"x": x, "lengths": np.array([3, 0, 6, 1, 5, 4, 2, 6])}
+
+    def gradient(num_microbatches, key):
+        step = wl.value_and_grad(loss_fn, num_microbatches=num_microbatches)
+        return jax.jit(step)(1.0, batch | {"key": jax.random.split(key, 8)})[1]
+
+    expected = gradient(1, make_key(0))
+    for k in 4, 3:
+        assert_close(gradient(k, make_key(0)), expected)
+    assert abs(gradient(1, make_key(1)) / expected - 1) > 0.01
+
+
+# ------------------------------------------------------------------------- aux
+
+
+def loss_with_aux(param, batch):
+    mean = weighted_sum(param, batch)
+    aux = {
+        "heads": wl.weighted_mean(
+            batch["x"], segment_ids=batch["head"], num_segments=2
+        ),
+        "predictions": param * batch["x"],
+        "rows": len(batch["x"]),
+        "none": None,
+    }
+    return mean, aux
+
+
+def aux_batch(rows):
+    return {
+        "x": np.arange(2 * rows, dtype=np.float32).reshape(rows, 2),
+        "head": np.arange(2 * rows).reshape(rows, 2) % 2
+        - (np.arange(rows) < 2)[:, None],
+        "lengths": np.full(rows, 2),
+    }
+
+
+def test_aux_without_microbatches_is_that_of_jax():
+    batch = aux_batch(4)
+    (value, aux), grad = wl.value_and_grad(loss_with_aux, has_aux=True)(2.0, batch)
+
+    def divided(param, batch):
+        mean, aux = loss_with_aux(param, batch)
+        return mean.compute(), aux
+
+    jax_result = jax.value_and_grad(divided, has_aux=True)(2.0, batch)
+    assert_close(((value.compute(), aux), grad), jax_result)
+    assert aux["rows"] == 4
+
+
+def test_means_in_aux_are_merged_over_microbatches_and_the_rest_is_stacked():
+    batch = aux_batch(8)
+    _, expected = loss_with_aux(2.0, batch)
+    step = wl.value_and_grad(loss_with_aux, has_aux=True, num_microbatches=4)
+    (_, aux), _ = jax.jit(step)(2.0, batch)
+    assert_close(aux["heads"], expected["heads"])
+    assert aux["rows"].tolist() == [2] * 4
+    assert aux["none"] is None
+    assert aux["predictions"].shape == (4, 2, 2)
+    for i in range(4):  # microbatch i has the rows i and i + 4
+        assert_close(aux["predictions"][i], expected["predictions"][i::4])
+
+
+# -------------------------------------------------------------------- precision
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_gradients_are_added_up_in_float32(dtype):
+    # A sum in bfloat16 would stop at 0.5, after 256 of the 512 microbatches.
+    k = {jnp.bfloat16: 512, jnp.float16: 4096}[dtype]
+    batch = {"x": jnp.ones((k, 1), dtype), "lengths": jnp.ones(k, int)}
+    step = jax.jit(wl.value_and_grad(weighted_sum, num_microbatches=k))
+    value, grad = step(jnp.ones((), dtype), batch)
+    assert grad.dtype == dtype
+    assert value.total.dtype == jnp.float32
+    assert grad == 1
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 4])
+def test_float16_does_not_overflow_where_a_million_elements_count(num_microbatches):
+    def loss_fn(params, batch):
+        return wl.weighted_mean(batch["x"] @ params, lengths=batch["lengths"])
+
+    rows, size = 8, 125_000
+    x = np.random.default_rng(0).uniform(1, 3, (rows, size, 1)).astype(np.float16)
+    batch = {"x": x, "lengths": np.full(rows, size)}
+    step = jax.jit(wl.value_and_grad(loss_fn, num_microbatches=num_microbatches))
+    value, grad = step(jnp.ones(1, jnp.float16), batch)
+    assert value.weight == 1e6
+    assert grad.dtype == jnp.float16
+    # 1e-6, what each element hands back, has four bits in float16: 6%.
+    np.testing.assert_allclose(grad.astype(float), x.mean(dtype=float), rtol=0.06)
+
+
+def test_float64_stays_float64():
+    samples, batch = ragged_batch([3, 0, 6, 1] * 4)
+    expected = two_terms.oracle(PARAMS, samples)
+    with jax.enable_x64(True):
+        step = jax.jit(two_terms.make_step(num_microbatches=4))
+        wide, wide_batch = (
+            jax.tree.map(lambda x: x.astype(float) if x.dtype.kind == "f" else x, tree)
+            for tree in (PARAMS, batch)
+        )
+        value, grads = step(wide, wide_batch)
+        means = value["number"].compute(), value["class"].compute()
+        mixed = step(PARAMS, wide_batch)
+    for mean, name in zip(means, ("number", "class"), strict=True):
+        np.testing.assert_allclose(mean, expected[0][name][0], 1e-14)
+    two_terms.assert_close_gradients(grads, expected[1], 1e-14)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(mixed[1])} == {"float32"}
+    two_terms.assert_close_gradients(mixed[1], expected[1])
+
+
+# ------------------------------------------------------- inside other transforms
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 2, 3])
+def test_without_jit(num_microbatches):
+    step = wl.value_and_grad(weighted_sum, num_microbatches=num_microbatches)
+    value, grad = step(2.0, BATCH)
+    assert_close((value.compute(), value.weight, grad), (2.0, 4.0, 1.0))
+
+
+def test_in_the_body_of_a_scan():
+    _, batch = ragged_batch([3, 0, 6, 1] * 4)
+    step = two_terms_step(4)
+
+    def descend(params, _):
+        value, grads = step(params, batch)
+        params = jax.tree.map(lambda p, g: p - 0.01 * g, params, grads)
+        return params, value["number"].compute()
+
+    params = PARAMS
+    losses = []
+    for _ in range(3):
+        params, loss = descend(params, None)
+        losses.append(loss)
+    scanned = jax.jit(lambda p: jax.lax.scan(descend, p, None, length=3))(PARAMS)
+    assert_close(scanned, (params, np.array(losses)))
+    assert losses[0] > losses[1] > losses[2]
+
+
+def test_a_rematerialized_model():
+    samples, batch = ragged_batch([3, 0, 6, 1] * 4)
+    loss_fn = jax.checkpoint(two_terms.loss_fn)
+    step = two_terms.make_step(loss_fn, num_microbatches=4)
+    two_terms.assert_exact(
+        jax.jit(step)(PARAMS, batch), two_terms.oracle(PARAMS, samples)
+    )
+
+
+def test_an_ensemble_by_vmap():
+    samples, batch = ragged_batch([3, 0, 6, 1] * 4)
+    members = [two_terms.draw_params(seed) for seed in (0, 1)]
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *members)
+    results = jax.vmap(two_terms_step(4), in_axes=(0, None))(stacked, batch)
+    for i, params in enumerate(members):
+        result = jax.tree.map(lambda x, i=i: x[i], results)
+        two_terms.assert_exact(result, two_terms.oracle(params, samples))
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 2, 3])
+def test_second_derivatives_go_through(num_microbatches):
+    def loss_fn(param, batch):
+        return weighted_sum(param**3, batch)
+
+    step = wl.value_and_grad(loss_fn, num_microbatches=num_microbatches)
+    curvature = jax.jit(jax.grad(lambda param: step(param, BATCH)[1]))
+    assert_close(curvature(2.0), 12.0)
+
+
+# ------------------------------------------------------------------------ errors
+
+
+BATCH = {"x": np.ones((4, 2), np.float32), "lengths": np.array([2, 0, 1, 1])}
+
+
+def unmerged(param, batch):
+    return wl.per_sample(wl.weighted_mean)(param * batch["x"], lengths=batch["lengths"])
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 2])
+@pytest.mark.parametrize(
+    ("loss_fn", "options", "error", "message"),
+    [
+        (lambda p, b: weighted_sum(p, b).compute(), {}, AssertionError, "not divided"),
+        (lambda p, b: {"a": p * b["x"].sum()}, {}, AssertionError, "`WeightedMean`"),
+        (lambda p, b: {}, {}, AssertionError, "must return a `WeightedMean`"),
+        (lambda p, b: (weighted_sum(p, b), 1), {}, AssertionError, "`WeightedMean`"),
+        (unmerged, {}, AssertionError, r"`\.merge\(\)` the batch axes"),
+        (lambda p, b: {"a": unmerged(p, b)}, {}, AssertionError, r"`\.merge\(\)`"),
+        (
+            lambda p, b: {"a": weighted_sum(p, b)},
+            {"coefficients": {"b": 1.0}},
+            AssertionError,
+            r"names \['b'\], but the terms .* are \['a'\]",
+        ),
+        (weighted_sum, {"coefficients": {"a": 1.0}}, AssertionError, "has no name"),
+        (weighted_sum, {"axis_name": "data"}, NameError, "'data' is not mapped here"),
+        (weighted_sum, {"axis_name": ("a", "b")}, NameError, "'a' is not mapped here"),
+        (
+            weighted_sum,
+            {"argnums": 2},
+            AssertionError,
+            r"`argnums` names arguments \(2,\)",
+        ),
+        (
+            weighted_sum,
+            {"argnums": -1},
+            AssertionError,
+            r"`argnums` names arguments \(-1,\)",
+        ),
+    ],
+)
+def test_errors_say_what_is_wrong(loss_fn, options, error, message, num_microbatches):
+    step = wl.value_and_grad(loss_fn, num_microbatches=num_microbatches, **options)
+    with pytest.raises(error, match=message):
+        step(1.0, BATCH)
+
+
+@pytest.mark.parametrize(
+    ("batch", "options", "message"),
+    [
+        ({"x": BATCH["x"]}, {"num_microbatches": 3}, "does not divide a batch of 4"),
+        (BATCH | {"scale": 1.0}, {}, r"axis 0 of every leaf .*'scale.*: \(\)"),
+        (BATCH | {"y": np.ones(3)}, {}, r"axis 0 of every leaf .*'y.*: \(3,\)"),
+        (BATCH, {"argnums": (0, 1)}, "must not overlap"),
+        (BATCH, {"batch_argnums": 2}, r"`batch_argnums` names arguments \(2,\)"),
+        (BATCH, {"batch_argnums": ()}, "axis 0 of every leaf"),
+        (BATCH, {"num_microbatches": 0}, "`num_microbatches` is 0"),
+        (BATCH, {"num_microbatches": -2}, "`num_microbatches` is -2"),
+        (BATCH, {"num_microbatches": 2.0}, "`num_microbatches` is 2.0"),
+    ],
+)
+def test_a_batch_that_cannot_be_cut_is_an_error(batch, options, message):
+    step = wl.value_and_grad(weighted_sum, **{"num_microbatches": 2} | options)
+    with pytest.raises(AssertionError, match=message):
+        step(1.0, batch)
