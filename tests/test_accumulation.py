@@ -20,7 +20,7 @@ import wloss_jax as wl
 CALLS = 4
 WEIGHTS = st.one_of(st.just(0.0), st.floats(2.0**-20, 2.0**20, width=32))
 NUMBERS = st.floats(-1e3, 1e3, width=32)
-TINY = 2.0**-126  # what is smaller, XLA flushes to 0
+TINY = 2.0**-100  # XLA flushes what is below 2**-126, as a weight of 2**-20 makes it
 
 
 def run_calls(optimizer, params, calls):
@@ -96,8 +96,8 @@ def test_every_step_and_the_tail_see_the_weighted_mean(k, grads, weights):
         grad, weight = np.float64([grads, weights])[:, start : start + k]
         total = weight.sum()
         mean = (grad * weight).sum() / total if total else 0.0
-        # Four roundings of 6e-8 of the largest term; four terms, perhaps flushed.
-        tolerance = 5e-7 * np.abs(grad).max() + 4 * TINY / (total or 1)
+        # Four roundings of 6e-8 of the largest term.
+        tolerance = 5e-7 * np.abs(grad).max() + TINY
         if len(grad) == k:
             np.testing.assert_array_equal(updates[start : start + k - 1], 0)
             got, got_weight = updates[start + k - 1], seen[start + k - 1]
@@ -134,6 +134,7 @@ def test_call_of_weight_0_adds_nothing_but_nan_that_counts_stays_visible():
     updates, _ = run_calls(optimizer, one, [(one, 2.0), (nan, 0.0), (4 * one, 1.0)])
     assert float(updates[-1]) == -2.0
     updates, _ = run_calls(optimizer, one, [(one, 2.0), (nan, 1.0), (one, 1.0)])
+    assert [float(u) for u in updates[:-1]] == [0.0, 0.0]
     assert np.isnan(updates[-1])
 
 
@@ -180,7 +181,7 @@ def test_sums_are_wide_while_the_optimizer_sees_the_dtype_of_the_parameters():
     assert updates[-1] == 1.0
     assert updates.dtype == jnp.bfloat16
     assert set(seen) == {jnp.dtype(jnp.bfloat16)}
-    assert state.acc_grads.dtype == state.acc_weight.dtype == jnp.float32
+    assert state.acc_grads.dtype == jnp.float32
     updates, _ = optimizer.flush(state._replace(acc_weight=jnp.float32(1.0)), params)
     assert updates.dtype == jnp.bfloat16
     updates, _ = optimizer.flush(state)
@@ -195,6 +196,16 @@ def test_an_optimizer_that_widens_its_state_does_not():
         _, new = optimizer.update(jnp.bfloat16(1.0), state, weight=1.0)
         chex.assert_trees_all_equal_dtypes(new, state)
         state = new
+
+
+def test_outside_of_a_jit_the_step_is_a_plain_call():
+    seen = []
+    optimizer = wl.multi_steps(recording(lambda g: seen.append(g) or g), 2)
+    state = optimizer.init(jnp.float32(0.0))
+    for _ in range(2):
+        _, state = optimizer.update(jnp.float32(1.0), state, weight=1.0)
+    # The first was a trace, for the shapes of the zeros.
+    assert [isinstance(g, jax.core.Tracer) for g in seen] == [True, False]
 
 
 def test_extra_arguments_reach_the_optimizer_and_rounds_nest():
@@ -278,6 +289,14 @@ def test_in_an_nnx_optimizer():
         grads = jax.tree.map(lambda x, s=scale: jnp.full_like(x, s), state)
         optimizer.update(model, grads, weight=jnp.float32(weight))
     np.testing.assert_allclose(model.kernel[...], before - 10.0, rtol=1e-6)
+
+    optimizer.update(model, grads, weight=jnp.float32(1.0))
+    params, state = nnx.as_pure((nnx.state(model, nnx.Param), optimizer.opt_state))
+    updates, state = optimizer.tx.flush(state, params)
+    nnx.update(model, optax.apply_updates(params, updates))
+    nnx.update(optimizer.opt_state, nnx.state(state))
+    np.testing.assert_allclose(model.kernel[...], before - 28.0, rtol=1e-6)
+    assert optimizer.opt_state.gradient_step[...] == 2
 
 
 def test_state_can_be_donated_and_keeps_its_type():
@@ -404,8 +423,8 @@ def test_a_million_updates_or_merges_of_1000_elements(merging):
     running = run_million(totals, merging)
     total, weight = running.to_host()
     assert weight == 10**9
-    # Sums of 10**6 pairs: 10**6 roundings of 1e-14 at the very most.
-    np.testing.assert_allclose(total, host_sum(totals), rtol=1e-10)
+    # 10**6 roundings of 2**-48 or so, at random.
+    np.testing.assert_allclose(total, host_sum(totals), rtol=1e-11)
     np.testing.assert_allclose(running.compute(), total / weight, rtol=2e-7)
     # What a float32 sum makes of it:
     assert abs(np.add.accumulate(totals)[-1] / host_sum(totals) - 1) > 1e-6
@@ -431,8 +450,8 @@ def test_counts_are_exact_up_to_2_to_the_47(power):
 def test_the_compiler_may_not_take_the_error_for_0():
     running = wl.RunningMean.zeros()
     lowered = jax.jit(running.merge).lower(running)
-    # Four sums a pair, two pairs; what it is good for is said in `_two_sum`.
-    assert lowered.as_text().count("optimization_barrier") == 8
+    # Two sums a pair, two pairs; what it is good for is said in `_two_sum`.
+    assert lowered.as_text().count("optimization_barrier") == 4
 
 
 def test_constants_do_not_tempt_the_compiler():
@@ -463,8 +482,8 @@ def test_merges_in_any_order_and_grouping_agree(totals, counts, order, cut):
     grouped = run(order[:cut]).merge(run(order[cut:]))
     total, weight = grouped.to_host()
     assert weight == sum(counts)
-    # Three roundings of 2**-48 a merge, of sums that may cancel, or be flushed.
-    tolerance = 1e-12 * np.abs(totals).sum() + 20 * TINY
+    # Three roundings of 2**-48 a merge, of sums that may cancel.
+    tolerance = 1e-12 * np.abs(totals).sum() + TINY
     np.testing.assert_allclose(total, host_sum(totals), rtol=0, atol=tolerance)
     if weight:
         np.testing.assert_allclose(
@@ -493,8 +512,8 @@ def test_nan_and_infinity_stay_visible(field, bad):
     assert np.isnan(running.compute())
 
 
-def test_a_sum_past_the_largest_float32_is_infinite():
-    m = wl.WeightedMean(3e38, 1.0)
+def test_a_sum_past_the_largest_number_is_infinite():
+    m = wl.WeightedMean(jnp.finfo(jnp.zeros(()).dtype).max, 1.0)
     assert wl.RunningMean.zeros().update(m).update(m).to_host() == (np.inf, 2.0)
 
 

@@ -230,10 +230,10 @@ class RunningMean:
     ``mean = sum_i total_i / sum_i weight_i``
 
     Both sums are pairs of numbers, the rounded sum and what rounding left over, so that
-    they have twice the digits: in float32, counts are exact up to 2**47, where one
-    float32 stops counting at 2**24. A pytree, that lives in a jitted step or a
-    `jax.lax.scan`; one entry for each head or group with ``zeros(shape)``, or by
-    `jax.vmap`. NaN or infinity in a sum stays there.
+    they have twice the digits: in float32, counts are exact up to 2**47, in updates of
+    up to 2**24 elements each, which is where one float32 stops counting. A pytree, that
+    lives in a jitted step or a `jax.lax.scan`; one entry for each head or group with
+    ``zeros(shape)``, or by `jax.vmap`. NaN or infinity in a sum stays there.
 
     Over devices, update with ``m.psum(axis_name)``. Over processes that hold one each,
     gather them, and add them up, in float64 or as they are::
@@ -264,7 +264,7 @@ class RunningMean:
 
     Source: the pairs are added as in Joldes, Muller and Popescu, "Tight and rigorous
     error bounds for basic building blocks of double-word arithmetic", 2017 (algorithm
-    6), https://doi.org/10.1145/3121432
+    5), https://doi.org/10.1145/3121432
     """
 
     total: jax.Array
@@ -365,9 +365,7 @@ def _add(
 ) -> tuple[jax.Array, jax.Array]:
     """Adds two pairs, with the digits of both."""
     high, error = _two_sum(a, b)
-    low, low_error = _two_sum(a_low, b_low)
-    high, error = _two_sum(high, error + low)
-    return _two_sum(high, error + low_error)
+    return _two_sum(high, error + (a_low + b_low))
 
 
 def _two_sum(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
