@@ -12,6 +12,11 @@ From ragged samples to the gradient step, each line with the module that it live
     running = running.update(m)                                        # accumulation
 """
 
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from wloss_jax import testing
 from wloss_jax.accumulation import RunningMean, multi_steps
 from wloss_jax.gradients import value_and_grad
 from wloss_jax.heads import select_head
@@ -49,6 +54,9 @@ from wloss_jax.masks import length_mask, observed_mask
 from wloss_jax.padding import bucket_sizes, pad_ragged
 from wloss_jax.weighted_mean import WeightedMean, weighted_mean
 from wloss_jax.weighting import loss_power, mean_of_means_bias, size_power
+
+if TYPE_CHECKING:
+    from wloss_jax import nnx as nnx
 
 __version__ = "0.1.0"
 
@@ -100,4 +108,17 @@ __all__ = [
     "sparsemax_loss",
     "squared_error",
     "triplet_margin_loss",
+    # the Flax room, and the laws as assertions on your own losses
+    "nnx",
+    "testing",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name == "nnx":  # imported when first named, as it imports flax
+        return importlib.import_module("wloss_jax.nnx")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), "nnx"]

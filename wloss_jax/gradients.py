@@ -101,20 +101,11 @@ def value_and_grad(
     batch_nums = (
         (batch_argnums,) if isinstance(batch_argnums, int) else tuple(batch_argnums)
     )
-    names = _parameter_names(loss_fn)
+    names = parameter_names(loss_fn)
 
     @functools.wraps(loss_fn)
     def value_and_grad_fn(*args: Any, **kwargs: Any) -> Any:
-        params = {i: _argument("argnums", args, i) for i in diff_nums}
-        batch = {i: _argument("batch_argnums", args, i) for i in batch_nums}
-        if num_microbatches == 1:
-            batch = {}  # left as it is, and so free to be differentiated too
-        chex.assert_equal(
-            params.keys() & batch.keys(),
-            set(),
-            custom_message="`argnums` and `batch_argnums` must not overlap: a batch "
-            "that is cut into microbatches has no gradient of its own.",
-        )
+        params, batch = choose_arguments(args, diff_nums, batch_nums, num_microbatches)
 
         def evaluate(
             params: dict[int, PyTree], _: None, batch: dict[str, PyTree]
@@ -272,7 +263,7 @@ def _pad_rows(batch: PyTree, multiple: int) -> tuple[PyTree, PyTree | None]:
     missing = -size % multiple
     if not missing:
         return batch, None
-    names = [_last_name(path) for path, _ in flat]
+    names = [last_name(path) for path, _ in flat]
     chex.assert_equal(
         "lengths" in names or "where" in names,
         True,
@@ -285,7 +276,7 @@ def _pad_rows(batch: PyTree, multiple: int) -> tuple[PyTree, PyTree | None]:
     for name, (_, leaf) in zip(names, flat, strict=True):
         padded = jnp.asarray(leaf)[rows]
         if name in ("lengths", "where"):
-            padded = padded.at[size:].set(0)
+            padded = padded.at[size:].set(False)  # 0 for integers
         leaves.append(padded)
     padded = jax.tree_util.tree_unflatten(treedef, leaves)
     return padded, jax.tree.map(lambda leaf: leaf[size:], padded)
@@ -296,7 +287,8 @@ def _take_rows(batch: PyTree, num_microbatches: int, step: jax.Array) -> PyTree:
 
     def take(leaf: jax.Array) -> jax.Array:
         leaf = jnp.asarray(leaf)
-        rows = leaf.reshape(-1, num_microbatches, *leaf.shape[1:])
+        size, *rest = leaf.shape
+        rows = leaf.reshape(size // num_microbatches, num_microbatches, *rest)
         taken: jax.Array = jax.lax.dynamic_index_in_dim(rows, step, 1, keepdims=False)
         return taken
 
@@ -366,23 +358,46 @@ def _coefficients(value: Any, coefficients: Mapping[str, ArrayLike] | None) -> A
     return jax.tree.map(jax.lax.stop_gradient, factors)
 
 
-def _argument(option: str, args: tuple[Any, ...], number: int) -> Any:
+def choose_arguments(
+    args: tuple[Any, ...],
+    argnums: Sequence[int],
+    batch_argnums: Sequence[int],
+    num_microbatches: int,
+) -> tuple[dict[int, Any], dict[int, Any]]:
+    """The arguments to differentiate and those to cut into microbatches, by number."""
     chex.assert_equal(
-        0 <= number < len(args),
+        isinstance(num_microbatches, int) and num_microbatches >= 1,
         True,
-        custom_message=f"`{option}` names argument {number}, but `loss_fn` was called "
-        f"with {len(args)} positional arguments.",
+        custom_message=f"`num_microbatches` is {num_microbatches!r}: pass a positive "
+        "integer.",
     )
-    return args[number]
+    if num_microbatches == 1:
+        batch_argnums = ()  # left as it is, and so free to be differentiated too
+    for option, numbers in (("argnums", argnums), ("batch_argnums", batch_argnums)):
+        chex.assert_equal(
+            all(0 <= number < len(args) for number in numbers),
+            True,
+            custom_message=f"`{option}` names arguments {tuple(numbers)}, but "
+            f"`loss_fn` was called with {len(args)} positional arguments.",
+        )
+    params = {i: args[i] for i in argnums}
+    batch = {i: args[i] for i in batch_argnums}
+    chex.assert_equal(
+        params.keys() & batch.keys(),
+        set(),
+        custom_message="`argnums` and `batch_argnums` must not overlap: a batch "
+        "that is cut into microbatches has no gradient of its own.",
+    )
+    return params, batch
 
 
-def _parameter_names(loss_fn: Callable[..., Any]) -> list[str]:
+def parameter_names(loss_fn: Callable[..., Any]) -> list[str]:
     """Names for the positional arguments, those of a ``*args`` too."""
     names = list(inspect.signature(loss_fn).parameters)
     return names + [f"argument {i}" for i in range(len(names), 256)]
 
 
-def _last_name(path: tuple[Any, ...]) -> str:
+def last_name(path: tuple[Any, ...]) -> str:
     """The name of a leaf: the last key or attribute on its path that is a name."""
     key = path[-1]
     return str(getattr(key, "key", getattr(key, "name", None)))

@@ -1,0 +1,244 @@
+"""The Flax room: `value_and_grad` over `flax.nnx` modules, and a metric.
+
+The only module that imports flax; ``wl.nnx`` imports it when it is first named.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import chex
+import jax
+from flax import nnx
+from jax.typing import ArrayLike
+
+from wloss_jax.accumulation import RunningMean
+from wloss_jax.gradients import accumulate, choose_arguments, parameter_names
+from wloss_jax.weighted_mean import AxisName, WeightedMean
+
+Argnum = int | nnx.DiffState
+
+
+def value_and_grad(
+    loss_fn: Callable[..., Any],
+    argnums: Argnum | Sequence[Argnum] = 0,
+    *,
+    has_aux: bool = False,
+    batch_argnums: int | Sequence[int] = 1,
+    num_microbatches: int = 1,
+    axis_name: AxisName | None = None,
+    coefficients: Mapping[str, ArrayLike] | None = None,
+) -> Callable[..., Any]:
+    """Makes `wloss_jax.value_and_grad` of a function of `nnx` modules.
+
+    ``grad(sum_k coefficient_k * total_k / W_k)``, ``W_k`` being the weight of term k
+    over all microbatches and devices
+
+    A drop-in for `nnx.value_and_grad`; call it under `nnx.jit`, or under `jax.jit` with
+    modules merged inside. Modules are arguments like any other, and what ``loss_fn``
+    does to their variables (batch statistics, random streams, counters) happens to the
+    modules that the function is called with: microbatch by microbatch, each starting
+    from what the one before left. So dropout differs between microbatches, and batch
+    statistics are those of k small batches: a loss that looks at them depends on k.
+
+    - Over devices, the random streams and batch statistics of a module are those of
+      each device, as anywhere in `nnx`: give `nnx.BatchNorm` its ``axis_name``, and
+      `nnx.fork_rngs` a module whose dropout is to differ.
+    - What ``loss_fn`` assigns to a variable that is differentiated is not kept.
+    - Variables that ``loss_fn`` creates, as ``sow`` does, need ``num_microbatches=1``.
+
+    Args:
+      loss_fn: a function that returns a scalar `WeightedMean`, or a dict of them.
+      argnums: which arguments to differentiate, as in `nnx.value_and_grad`: a module's
+        `nnx.Param`, or what the filter of ``nnx.DiffState(argnum, filter)`` selects.
+        An argument without variables is differentiated whole, as in JAX.
+      has_aux: as in `wloss_jax.value_and_grad`, and so are the others.
+      batch_argnums: which arguments are the batch: trees of arrays ``[B, ...]``.
+      num_microbatches: into how many microbatches to cut the batch.
+      axis_name: the mapped axis or axes that the batch is spread over.
+      coefficients: the factors of the terms, by name.
+
+    Returns:
+      A function of the arguments of ``loss_fn`` that returns ``(mean, grads)``, or
+      ``((mean, aux), grads)``; ``grads``, an `nnx.State` for each module, is what
+      ``nnx.Optimizer.update(model, grads)`` takes.
+
+    Raises:
+      AssertionError: as `wloss_jax.value_and_grad` does, and where ``loss_fn`` changes
+        which variables there are, with microbatches.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> from flax import nnx
+      >>> import wloss_jax as wl
+      >>> model = nnx.Linear(1, 1, rngs=nnx.Rngs(0))
+      >>> optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+      >>> def loss_fn(model, batch):
+      ...     prediction = model(batch["x"])[..., 0]
+      ...     return wl.squared_error(prediction, batch["y"], lengths=batch["lengths"])
+      >>> @nnx.jit
+      ... def train_step(model, optimizer, batch):
+      ...     mean, grads = wl.nnx.value_and_grad(loss_fn, num_microbatches=2)(
+      ...         model, batch
+      ...     )
+      ...     optimizer.update(model, grads)
+      ...     return mean
+      >>> batch = {
+      ...     "x": jnp.ones((2, 3, 1)),
+      ...     "y": jnp.full((2, 3), 2.0),
+      ...     "lengths": jnp.array([3, 1]),
+      ... }
+      >>> means = [train_step(model, optimizer, batch) for _ in range(20)]
+      >>> print(means[0].weight, means[-1].compute() < 1e-3 * means[0].compute())
+      4.0 True
+    """
+    single = isinstance(argnums, int | nnx.DiffState)
+    wanted: Any = (argnums,) if single else argnums
+    selects = dict(map(_number_and_predicate, wanted))
+    batch_nums = (batch_argnums,) if isinstance(batch_argnums, int) else batch_argnums
+    names = parameter_names(loss_fn)
+
+    @functools.wraps(loss_fn)
+    def value_and_grad_fn(*args: Any, **kwargs: Any) -> Any:
+        differentiated, batch = choose_arguments(
+            args, tuple(selects), batch_nums, num_microbatches
+        )
+        arrays = {
+            i: arg for i, arg in differentiated.items() if not _has_variables(arg)
+        }
+        # First the modules that are differentiated: a variable that several arguments
+        # share is found, and then sought, where it stands first.
+        nodes = (
+            {i: arg for i, arg in differentiated.items() if i not in arrays},
+            {i: arg for i, arg in enumerate(args) if i not in differentiated | batch},
+            kwargs,
+        )
+
+        def is_param(path: tuple[Any, ...], leaf: Any) -> bool:
+            return path[0] == 0 and selects[path[1]](path[2:], leaf)
+
+        graphdef, *states = nnx.split(nodes, is_param, nnx.Variable, ...)
+        params, state, constants = states
+
+        def evaluate(
+            params: tuple[Any, Any], state: Any, batch: dict[str, Any]
+        ) -> tuple[Any, Any, Any]:
+            arrays, variables = params
+            merged = nnx.merge(graphdef, variables, state, constants, copy=True)
+            by_number = arrays | merged[0] | merged[1]
+            by_number |= {names.index(key): tree for key, tree in batch.items()}
+            full = [by_number[i] for i in range(len(args))]
+            result = loss_fn(*full, **merged[2])
+            changed = nnx.state(merged, nnx.All(nnx.Variable, nnx.Not(is_param)))
+            if num_microbatches > 1:
+                _check_same_variables(state, changed)
+            return (*result, changed) if has_aux else (result, None, changed)
+
+        value, aux, grads, state = accumulate(
+            evaluate,
+            (arrays, params),
+            state,
+            {names[i]: tree for i, tree in batch.items()},
+            num_microbatches=num_microbatches,
+            axis_name=axis_name,
+            coefficients=coefficients,
+        )
+        nnx.update(nodes, state)
+        by_number = grads[0] | dict(grads[1].get(0, {}))
+        result = tuple(by_number.get(i, nnx.State({})) for i in selects)
+        return ((value, aux) if has_aux else value), (result[0] if single else result)
+
+    return value_and_grad_fn
+
+
+class WeightedMeanMetric(nnx.Metric):
+    """Averages the `WeightedMean`s of all steps, as an `nnx.Metric`.
+
+    ``mean = sum_i total_i / sum_i weight_i``
+
+    Where `nnx.metrics.Average` is given a loss for each step and averages averages,
+    this is given the `WeightedMean` itself, not divided. Kept in a
+    `wloss_jax.RunningMean`, so that the counts of a long epoch stay exact. In an
+    `nnx.MultiMetric`, one for each name::
+
+        metrics = nnx.MultiMetric(
+            loss=wl.nnx.WeightedMeanMetric("loss"), mae=wl.nnx.WeightedMeanMetric("mae")
+        )
+        metrics.update(loss=loss, mae=mae)
+
+    Over devices, update with ``m.psum(axis_name)``.
+
+    Args:
+      argname: the keyword argument of `update` that this metric reads.
+
+    Attributes:
+      running: an `nnx.metrics.MetricState` that holds the `wloss_jax.RunningMean`.
+
+    Example:
+      >>> import wloss_jax as wl
+      >>> metric = wl.nnx.WeightedMeanMetric()
+      >>> metric.update(values=wl.WeightedMean(10.0, 8.0))
+      >>> metric.update(values=wl.WeightedMean(5.0, 2.0))
+      >>> print(metric.compute())
+      1.5
+    """
+
+    def __init__(self, argname: str = "values"):
+        self.argname = argname
+        self.running = nnx.metrics.MetricState(RunningMean.zeros())
+
+    def reset(self) -> None:
+        """Forgets all that was seen."""
+        self.running.set_value(RunningMean.zeros())
+
+    def update(self, **kwargs: Any) -> None:
+        """Adds a `WeightedMean`.
+
+        Args:
+          **kwargs: ``argname`` names the `WeightedMean`, a scalar one; the others are
+            for other metrics of an `nnx.MultiMetric`.
+
+        Raises:
+          TypeError: the keyword argument is missing.
+          AssertionError: it is no scalar `WeightedMean`.
+        """
+        if self.argname not in kwargs:
+            raise TypeError(
+                f"`update` lacks the keyword argument `{self.argname}`, which this "
+                f"metric reads; got {sorted(kwargs)}."
+            )
+        value = kwargs[self.argname]
+        chex.assert_equal(
+            isinstance(value, WeightedMean),
+            True,
+            custom_message=f"`{self.argname}` is {type(value).__name__}: pass the "
+            "`WeightedMean` that the loss returns, not its `.compute()`, which has "
+            "lost its weight.",
+        )
+        self.running.set_value(self.running.get_value().update(value))
+
+    def compute(self) -> jax.Array:
+        """Divides: the mean of all that was seen, 0 for nothing."""
+        mean: jax.Array = self.running.get_value().compute()
+        return mean
+
+
+def _number_and_predicate(argnum: Argnum) -> tuple[int, Callable[..., bool]]:
+    if isinstance(argnum, nnx.DiffState):
+        return argnum.argnum, nnx.All(argnum.filter)
+    return argnum, nnx.All(nnx.Param)
+
+
+def _has_variables(tree: Any) -> bool:
+    return bool(jax.tree.leaves(nnx.state([tree], nnx.Variable)))
+
+
+def _check_same_variables(before: Any, after: Any) -> None:
+    chex.assert_equal(
+        jax.tree.structure(after),
+        jax.tree.structure(before),
+        custom_message="`loss_fn` creates or removes variables of a module, which "
+        "microbatches, compiled once, cannot: call the module once before, take "
+        "`sow` out, or use `num_microbatches=1`.",
+    )
