@@ -39,7 +39,8 @@ def length_mask(lengths: ArrayLike, size: int) -> jax.Array:
       bool ``[..., size]``, True where a position counts.
 
     Raises:
-      AssertionError: ``lengths`` is not an integer array, or ``size`` not an integer.
+      AssertionError: ``lengths`` is not an integer array, or ``size`` not a Python
+        integer of at least 0.
 
     Example:
       >>> import jax.numpy as jnp
@@ -50,10 +51,16 @@ def length_mask(lengths: ArrayLike, size: int) -> jax.Array:
        [ True  True  True]]
     """
     lengths = check_array("lengths", lengths, int)
-    chex.assert_type(size, int, custom_message="`size` must be a Python integer.")
-    shape = (*lengths.shape, int(size))
-    positions = jax.lax.broadcasted_iota(jnp.int32, shape, lengths.ndim)
-    return positions < lengths.astype(jnp.int32)[..., None]
+    check_count("size", size)
+    # Counted from 1, in a table: of one from 0 XLA makes an iota, the 64-bit index of
+    # which halves the speed of a loop that it stands in on CPU.
+    arange = np.arange if size <= _LARGEST_TABLE else jnp.arange
+    positions = arange(1, size + 1, dtype=np.int32)
+    positions = jnp.broadcast_to(positions, (*lengths.shape, size))
+    return positions <= lengths.astype(jnp.int32)[..., None]
+
+
+_LARGEST_TABLE = 2**16  # entries; it is part of the compiled program
 
 
 def observed_mask(targets: ArrayLike, missing: float = math.nan) -> jax.Array:
@@ -94,7 +101,7 @@ def observed_mask(targets: ArrayLike, missing: float = math.nan) -> jax.Array:
         custom_message=f"`missing` is {missing}, which {describe(targets)} `targets` "
         "cannot hold: pass the integer sentinel, such as `missing=-1`.",
     )
-    return targets != int(missing)
+    return _widen(targets) != int(missing)
 
 
 def valid_mask(
@@ -139,21 +146,34 @@ def valid_mask(
         f"{num_segments} and {'no' if segment_ids is None else 'some'} segment_ids.",
     )
     if segment_ids is not None and num_segments is not None:
+        check_count("num_segments", num_segments)
         segment_ids = check_array("segment_ids", segment_ids, int)
         ids = expand_leading("segment_ids", segment_ids, shape)
         masks.append((ids >= 0) & (ids < num_segments))
     return functools.reduce(jnp.logical_and, masks) if masks else None
 
 
-def make_safe(array: jax.Array, mask: jax.Array) -> jax.Array:
-    """Puts a harmless value at the masked positions of ``array``.
+def freeze(array: jax.Array, mask: jax.Array) -> jax.Array:
+    """Makes constants of the masked positions of ``array``, whatever they hold.
 
-    ``array`` may have event axes after those of ``mask``. The harmless value is 0.5 for
-    floating arrays, inside the domain of ``log``, ``log1p(-x)``, ``sqrt``, ``1/x`` and
-    ``arcsin``, so that a loss and its derivatives stay finite there; else 0.
+    Their gradient is exactly 0, even where NaN comes back to them. ``array`` may have
+    event axes after those of ``mask``. Costs nothing before the backward pass: XLA
+    knows that either choice is the array itself.
     """
     mask = mask.reshape(mask.shape + (1,) * (array.ndim - mask.ndim))
-    harmless = 0.5 if jnp.issubdtype(array.dtype, jnp.floating) else 0
+    return jnp.where(mask, array, jax.lax.stop_gradient(array))
+
+
+def make_safe(array: jax.Array, mask: jax.Array, nth: int = 0) -> jax.Array:
+    """Puts a harmless value at the masked positions of the ``nth`` array of a loss.
+
+    ``array`` may have event axes after those of ``mask``. The harmless value is 1/2,
+    1/3, ... for floating arrays, inside the domain of ``log``, ``log1p(-x)``, ``sqrt``,
+    ``1/x`` and ``arcsin``, so that a loss and its derivatives stay finite there; each
+    array has its own, so that no distance between two is 0. It is 0 for integers.
+    """
+    mask = mask.reshape(mask.shape + (1,) * (array.ndim - mask.ndim))
+    harmless = 1 / (2 + nth) if jnp.issubdtype(array.dtype, jnp.floating) else 0
     return jnp.where(mask, array, jnp.asarray(harmless, array.dtype))
 
 
@@ -182,7 +202,8 @@ _MENDS = {
 def check_array(name: str, value: object, kind: type | None = None) -> jax.Array:
     """Takes arrays and numbers of a ``kind``: bool, int, float, or None for any.
 
-    Nothing is cast, and nothing is guessed at: a list, a string or None is an error.
+    Nothing is guessed at: a list, a string or None is an error. Nothing is cast, but
+    that integers asked for come as 32 bits at least.
     """
     chex.assert_equal(
         _is_numeric(value),
@@ -195,13 +216,31 @@ def check_array(name: str, value: object, kind: type | None = None) -> jax.Array
     if kind is not None:
         mend = f"`{name}` is {describe(array)}. {_MENDS[kind].format(name)}"
         chex.assert_type(array, kind, custom_message=mend)
-    return array
+    return _widen(array) if kind is int else array
+
+
+def check_count(name: str, value: object) -> None:
+    """Takes a size: a Python integer, for shapes are static, of at least 0."""
+    chex.assert_equal(
+        isinstance(value, int | np.integer)
+        and not isinstance(value, bool)
+        and value >= 0,
+        True,
+        custom_message=f"`{name}` must be a Python integer of at least 0; got {value}.",
+    )
 
 
 def _is_numeric(value: object) -> bool:
-    if isinstance(value, np.ndarray | np.generic):
-        return value.dtype == bool or jnp.issubdtype(value.dtype, jnp.number)
-    return isinstance(value, jax.Array | bool | int | float)
+    if isinstance(value, np.ndarray | np.generic | jax.Array):
+        real = (jnp.bool_, jnp.integer, jnp.floating)
+        return any(jnp.issubdtype(value.dtype, kind) for kind in real)
+    return isinstance(value, bool | int | float)
+
+
+def _widen(integers: jax.Array) -> jax.Array:
+    """Widens to 32 bits: compared with an int8, 300 is 44; with a uint8, -1 is 255."""
+    narrow = integers.dtype.itemsize < 4
+    return integers.astype(jnp.int32) if narrow else integers
 
 
 def describe(array: jax.Array) -> str:

@@ -136,10 +136,13 @@ class WeightedMean:
         as good as one of large ones.
 
         Args:
-          empty: the value where nothing counted.
+          empty: the value where nothing counted, a number or of the shape of ``total``.
 
         Returns:
           floating ``[...]``, of the shape of ``total``.
+
+        Raises:
+          AssertionError: ``empty`` is not a number, nor an array of that shape.
 
         Example:
           >>> import jax.numpy as jnp
@@ -148,6 +151,13 @@ class WeightedMean:
           >>> print(nothing.compute(), nothing.compute(empty=jnp.nan))
           0.0 nan
         """
+        empty = check_array("empty", empty)
+        chex.assert_equal(
+            empty.shape in ((), self.total.shape),
+            True,
+            custom_message=f"`empty` has shape {empty.shape}, and the mean "
+            f"{self.total.shape}: pass a number, or one for each mean.",
+        )
         weight = jax.lax.stop_gradient(self.weight)
         is_empty = weight == 0
         mean = self.total / jnp.where(is_empty, jnp.ones_like(weight), weight)
@@ -186,11 +196,12 @@ class WeightedMean:
         # mind powers of 0.
         safe_size = jnp.where(is_empty, jnp.ones_like(size), size)
         loss = jax.lax.stop_gradient(self.compute())
-        weight = check_array("the weight that `fn` returns", fn(safe_size, loss), float)
+        weight = check_array("fn(size, loss)", fn(safe_size, loss), float)
         chex.assert_equal(
             weight.shape,
             size.shape,
-            custom_message="`fn` must return one weight for each entry.",
+            custom_message=f"`fn` must return one weight for each entry: "
+            f"{size.shape}, not {weight.shape}.",
         )
         weight = jnp.where(is_empty, 0, jax.lax.stop_gradient(weight))
         return WeightedMean(self.total * (weight / safe_size), weight)

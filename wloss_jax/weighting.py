@@ -5,8 +5,10 @@ A scheme is any callable ``(size, loss) -> weight`` of floating arrays of one sh
 
 from collections.abc import Callable
 
+import chex
 import jax
 
+from wloss_jax.masks import check_array
 from wloss_jax.weighted_mean import WeightedMean
 
 Scheme = Callable[[jax.Array, jax.Array], jax.Array]
@@ -34,6 +36,7 @@ def size_power(p: float) -> Scheme:
       WeightedMean(mean=1.75, weight=4.0)
       WeightedMean(mean=2.5, weight=2.0)
     """
+    check_array("p", p)
     return lambda size, loss: size**p
 
 
@@ -58,6 +61,7 @@ def loss_power(p: float) -> Scheme:
       >>> per_sample.reweight(wl.loss_power(1.0)).merge()
       WeightedMean(mean=2.5, weight=8.0)
     """
+    check_array("p", p)
     return lambda size, loss: size * jax.lax.stop_gradient(loss) ** p
 
 
@@ -81,4 +85,9 @@ def mean_of_means_bias(m: WeightedMean) -> jax.Array:
       >>> print(wl.mean_of_means_bias(m))  # (1 + 3) / 2 for (3 + 3) / (3 + 1)
       0.5
     """
+    chex.assert_equal(
+        isinstance(m, WeightedMean),
+        True,
+        custom_message=f"`m` must be a WeightedMean; got {type(m).__name__}.",
+    )
     return m.reweight(size_power(0.0)).merge().compute() - m.merge().compute()
