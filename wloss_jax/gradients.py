@@ -195,7 +195,9 @@ def accumulate(
             grads, (value, _, aux, state) = gradient(
                 varying, state, take(step), weights
             )
-            so_far = jax.tree.map(lambda x, grad: x + grad, so_far, grads)
+            so_far = jax.tree.map(
+                lambda x, grad: x + grad.astype(x.dtype), so_far, grads
+            )
             return (so_far, state), (value, aux)
 
         _, weights = jax.lax.scan(weigh, state, steps)
@@ -311,7 +313,7 @@ def _merge(stacked: PyTree, padded: PyTree = None) -> PyTree:
 
 
 def _nan_if_padding_weighs(weight: jax.Array, padding: jax.Array) -> jax.Array:
-    """The padded rows should weigh nothing; if they do, no number is better than one."""
+    """Padded rows should weigh nothing; where they do, no number beats a wrong one."""
     return jnp.where(padding == 0, weight, jnp.nan)
 
 

@@ -520,9 +520,9 @@ def _contents(leaf: ArrayLike) -> list[Any]:
     if jnp.issubdtype(dtype, jnp.bool_):
         return [False, True] * 3
     if jnp.issubdtype(dtype, jnp.integer):
-        low, high = jnp.iinfo(dtype).min, jnp.iinfo(dtype).max  # type: ignore[no-untyped-call]
+        low, high = jnp.iinfo(dtype).min, jnp.iinfo(dtype).max
         return [0, 1, max(-100, low), max(-1, low), low, high]
-    huge = float(jnp.finfo(dtype).max) / 2  # type: ignore[no-untyped-call]
+    huge = float(jnp.finfo(dtype).max) / 2
     return [0.5, 7.25, np.nan, np.inf, -np.inf, huge]
 
 

@@ -376,4 +376,7 @@ def _count(mask: jax.Array) -> jax.Array:
         exact = jnp.float32 if size <= 2**24 else jnp.int32
         return mask.reshape(*rows, size).sum(-1, dtype=exact).astype(jnp.int32).sum()
 
-    return jax.lax.platform_dependent(mask, cpu=few_at_a_time, default=row_by_row)
+    count: jax.Array = jax.lax.platform_dependent(
+        mask, cpu=few_at_a_time, default=row_by_row
+    )
+    return count
