@@ -62,10 +62,12 @@ def value_and_grad(
         they come, stacked on a new axis 0 where ``num_microbatches`` is above 1.
       batch_argnums: which arguments are the batch: trees of arrays ``[B, ...]``.
       num_microbatches: into how many microbatches to cut the batch (on each device,
-        with ``axis_name``), one after the other, to save memory.
+        with ``axis_name``), one after the other, to save memory. With explicit
+        sharding it must divide the rows of each device.
       axis_name: the mapped axis, or a tuple of them, over which the batch is spread, in
         `jax.shard_map` (``check_vma`` on or off) or `jax.pmap`. Parameters must be the
-        same on all its devices. Under `jax.jit` with sharded arrays, leave it out.
+        same on all its devices; with ``check_vma`` on, they may also be in shards that
+        ``loss_fn`` gathers. Under `jax.jit` with sharded arrays, leave it out.
       coefficients: the factors of the terms, by name; 1 for one that is not named.
 
     Returns:
