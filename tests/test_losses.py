@@ -212,6 +212,34 @@ def test_jvp_and_second_derivatives_are_the_oracles(case):
         assert_close(array, one, max(1, np.abs(one).max()), rtol=2e-5)
 
 
+@every_loss_of_labels
+def test_the_forms_for_accelerators_are_the_oracles_too(case, monkeypatch):
+    monkeypatch.setattr(
+        jax.lax, "platform_dependent", lambda *arrays, cpu, default: default(*arrays)
+    )
+    batch = dataclasses.replace(
+        grid.ragged(case, 15, LENGTHS), weights=[np.ones(n) for n in LENGTHS]
+    )
+    arrays, keywords = grid.pad(batch, L)
+    del keywords["weights"]  # for then elements are counted
+    position, *_ = next(grid.counted(case, batch))
+    wrong = list(map(np.array, arrays))
+    wrong[case.labels][position] = grid.CLASSES
+
+    def mean(*arrays):
+        m = case.loss(*map(jnp.asarray, arrays), **keywords)
+        return m.compute(), m
+
+    with jax.disable_jit():  # or what was compiled before would run
+        (value, m), gradient = jax.value_and_grad(mean, has_aux=True)(*arrays)
+        nan, _ = mean(*wrong)
+    oracle = grid.expected(case, batch, L)
+    assert_close(value, oracle.mean, oracle.magnitude)
+    assert_close(m.weight, oracle.weight)
+    assert_close(gradient, oracle.gradients[0])
+    assert np.isnan(nan)
+
+
 # --------------------------------------------------------------- what is masked is gone
 
 
@@ -562,6 +590,36 @@ def test_extreme_logits_stay_finite(loss, label, logit):
     if abs(logit) >= 20:
         sign = np.sign(logit) if wrong else 0
         np.testing.assert_allclose(gradient, sign, atol=1e-6)
+
+
+SMOOTH = {
+    "log_cosh": [{}],
+    "sigmoid_binary_cross_entropy": [{}],
+    "sigmoid_focal_loss": [{"gamma": 0.5}, {"gamma": 1.0}, {"gamma": 2.0}],
+}
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_smooth_losses_have_two_derivatives_everywhere(name):
+    """At 0 above all, where they are put together from two halves."""
+    points = np.float32([-40, -9, -0.5, -1e-4, 0, 1e-4, 0.5, 9, 40])
+    for options in SMOOTH[name]:
+        loss = functools.partial(getattr(reference, name), **options)
+
+        def mean(x, y, options=options):
+            return getattr(wl, name)(x, y, **options).compute()
+
+        derivatives = jax.jit(
+            jax.vmap(jax.value_and_grad(jax.grad(mean)), in_axes=(0, None))
+        )
+        for label in (0.0, 0.25, 1.0):
+            slopes, curvatures = derivatives(points, label)
+            for x, slope, curvature in zip(points, slopes, curvatures, strict=True):
+                element = (np.float64(x), label)
+                (first,) = reference.gradients(loss, element, (0,))
+                (second,) = reference.second_derivatives(loss, element, (0,), [1.0])
+                np.testing.assert_allclose(slope, first, atol=2e-6)
+                np.testing.assert_allclose(curvature, second, atol=1e-5)
 
 
 @pytest.mark.parametrize("error", [-1e30, -1e4, 1e-3, 1e4])

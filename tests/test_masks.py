@@ -28,6 +28,13 @@ def test_length_mask_adds_the_axis_that_it_bounds(shape, dtype):
     np.testing.assert_array_equal(mask.sum(-1), np.full(shape, 100))
 
 
+def test_length_mask_of_a_long_axis():
+    size = 2**17
+    mask = np.asarray(wl.length_mask(jnp.array([size, size - 1, 2**16, 1]), size))
+    assert mask.sum(1).tolist() == [size, size - 1, 2**16, 1]
+    assert mask[2, : 2**16].all()
+
+
 def test_length_mask_takes_python_numbers_and_tracers():
     assert wl.length_mask(2, 3).tolist() == [True, True, False]
     jitted = jax.jit(wl.length_mask, static_argnums=1)

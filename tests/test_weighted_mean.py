@@ -42,7 +42,8 @@ def test_a_sum_does_not_depend_on_its_grouping(entries, groups):
     assert_same(grouped, sum(reversed(means)))
     total, weight = map(sum, zip(*entries, strict=True))
     assert (grouped.total, grouped.weight) == (total, weight)
-    assert grouped.compute() == np.float32(total) / np.float32(weight or np.inf)
+    mean = total / weight if weight else 0
+    np.testing.assert_allclose(grouped.compute(), mean, rtol=1e-6)
 
 
 def test_addition_is_of_entries_and_never_of_means():
@@ -264,6 +265,38 @@ def test_narrow_floats_are_counted_and_summed_in_float32(dtype):
         assert (m.total, m.weight) == (70001, 70001)
     large = wl.weighted_mean(1000 * ones[:3], weights=1000 * ones[:3])
     assert large.total == 3e6
+
+
+@pytest.mark.parametrize(
+    "shape", [(), (0,), (1,), (7,), (16,), (3, 0), (0, 3), (5, 7), (2, 48), (2, 3, 40)]
+)
+@settings(deadline=None, max_examples=5)
+@given(seed=strategies.seeds, share=st.sampled_from([0.0, 0.5, 1.0]))
+def test_what_is_marked_is_counted(shape, seed, share):
+    where = np.random.default_rng(seed).random(shape) < share
+    m = wl.weighted_mean(np.ones(shape, np.float32), where=where)
+    assert (m.total, m.weight) == (where.sum(), where.sum())
+
+
+def test_a_count_on_accelerators_is_the_same(monkeypatch):
+    monkeypatch.setattr(
+        jax.lax, "platform_dependent", lambda *arrays, cpu, default: default(*arrays)
+    )
+    where = np.random.default_rng(0).random((3, 2, 40)) < 0.5
+    with jax.disable_jit():  # or what was compiled before would run
+        assert (
+            wl.weighted_mean(jnp.ones(where.shape), where=where).weight == where.sum()
+        )
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (2, 4, 3), (2, 4, 0)])
+def test_lengths_past_the_end_count_all_and_negative_ones_nothing(shape):
+    """As `length_mask` marks them; what is in range, assert_valid_batch says."""
+    values = np.random.default_rng(0).integers(1, 9, shape).astype(np.float32)
+    for lengths in ([9, -3], [-1, 2**31 - 1], [-(2**31), 4]):
+        m = wl.weighted_mean(values, lengths=np.array(lengths))
+        counted = values[np.array(lengths) > 0]
+        assert (m.total, m.weight) == (counted.sum(), counted.size)
 
 
 def test_a_weight_of_0_is_no_mask():

@@ -10,13 +10,13 @@ Modules of `flax.nnx` are handed in split::
     graphdef, params, state = nnx.split(model, nnx.Param, ...)
 
     def loss_fn(params, batch):
-        return my_loss(nnx.merge(graphdef, params, state), batch)
+        return my_loss(nnx.merge(graphdef, params, state, copy=True), batch)
 """
 
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 
 import chex
 import jax
@@ -31,8 +31,23 @@ from wloss_jax.weighted_mean import WeightedMean
 
 PyTree = Any
 LossFn = Callable[[Any, Any], Any]
+_Assertion = TypeVar("_Assertion", bound=Callable[..., None])
 
 
+def _settled(assertion: _Assertion) -> _Assertion:
+    """Runs an assertion under the settings of JAX that it needs."""
+
+    @functools.wraps(assertion)
+    def settled(*args: Any, **kwargs: Any) -> None:
+        # Accelerators round the inputs of matrix products, and differently by shape.
+        precise = jax.default_matmul_precision("highest")
+        with precise, jax.debug_nans(False), jax.debug_infs(False):
+            assertion(*args, **kwargs)
+
+    return cast(_Assertion, settled)
+
+
+@_settled
 def assert_padding_invariant(
     loss_fn: LossFn,
     params: PyTree,
@@ -102,22 +117,20 @@ def assert_padding_invariant(
         ]
         return jax.tree.unflatten(treedef, filled)
 
-    # Not compiled: XLA makes a choice of some multiplications by a mask, not of all.
-    run = functools.partial(loss.run, step=value_and_grad(loss.terms_fn))
-    expected = run(batch)
+    expected = loss.run(batch)
     if not expected.is_finite():
-        expected = run(fill(0))
+        expected = loss.run(fill(0))
     _check_finite(expected, "numbers in its padding")
 
     changes = {}
     for i in _CONTENTS:
-        if change := loss.change(expected, run(fill(i))):
+        if change := loss.change(expected, loss.run(fill(i))):
             changes[i] = change
     if changes:
         of_value = [i for i in changes if changes[i].weight or changes[i].mean]
         content = (of_value or list(changes))[0]
         masked = [i for i, mask in enumerate(masks) if mask is not None]
-        alone = [i for i in masked if loss.change(expected, run(fill(content, i)))]
+        alone = [i for i in masked if loss.change(expected, loss.run(fill(content, i)))]
         culprits = " and ".join(
             f"{_contents(leaves[i])[content]} at the padding of {names[i]}"
             for i in alone or masked
@@ -138,6 +151,7 @@ def assert_padding_invariant(
             _fail("Padding", f"with {what}, {change}", _COUNTED if is_half else _READ)
 
 
+@_settled
 def assert_permutation_invariant(
     loss_fn: LossFn, params: PyTree, batch: PyTree, *, rtol: float | None = None
 ) -> None:
@@ -188,6 +202,7 @@ def assert_permutation_invariant(
             _fail("Permutation", f"with rows {name}, {change}", cause)
 
 
+@_settled
 def assert_split_invariant(
     loss_fn: LossFn, params: PyTree, batch: PyTree, *, rtol: float | None = None
 ) -> None:
@@ -398,7 +413,10 @@ class _Loss:
         self.loss_fn = loss_fn
         self.params = params
         self.rtol = rtol
-        self.step = jax.jit(value_and_grad(self.terms_fn))
+        # Its simplifier turns some multiplications by a mask into choices, which are
+        # safe; whether a loss is must not hang on which ones.
+        as_written = {"xla_disable_hlo_passes": "algsimp"}
+        self.step = jax.jit(value_and_grad(self.terms_fn), compiler_options=as_written)
 
     def terms_fn(self, params: PyTree, batch: PyTree) -> dict[str, WeightedMean]:
         """The terms by name; a scalar as the mean of a weight of 1."""
@@ -409,10 +427,7 @@ class _Loss:
         return {k: WeightedMean(x, jnp.ones_like(x)) for k, x in terms.items()}
 
     def run(self, batch: PyTree, step: Callable[..., Any] | None = None) -> _Outcome:
-        # Accelerators round the inputs of matrix products, and differently by shape.
-        precise = jax.default_matmul_precision("highest")
-        with precise, jax.debug_nans(False), jax.debug_infs(False):
-            value, grads = (step or self.step)(self.params, batch)
+        value, grads = (step or self.step)(self.params, batch)
         return _Outcome(
             {name: np.asarray(mean.compute()) for name, mean in value.items()},
             {}
