@@ -8,14 +8,14 @@ from pathlib import Path
 README = Path(__file__).parents[1] / "README.md"
 
 
-def blocks() -> list[tuple[str, str]]:
-    """Every fenced block of the README, as (language, text)."""
-    return re.findall(r"^```(\w+)\n(.*?)^```$", README.read_text(), re.M | re.S)
+def blocks(text: str) -> list[tuple[str, str]]:
+    """Every fenced block of ``text``, as (language, block)."""
+    return re.findall(r"^```(\w+)\n(.*?)^```$", text, re.M | re.S)
 
 
 def test_python_blocks_run_and_print_what_the_text_after_them_says():
     namespace: dict = {}
-    fenced = blocks()
+    fenced = blocks(README.read_text())
     compared = 0
     for (language, text), (following, expected) in zip(
         fenced, [*fenced[1:], ("", "")], strict=True
