@@ -1140,9 +1140,11 @@ def multiclass_sparsemax_loss(
     """
 
     def elementwise(scores: jax.Array, labels: jax.Array) -> jax.Array:
-        rows = scores.reshape(-1, scores.shape[-1])
+        # In x64, optax's projection makes float64 of float32, and of its gradient an
+        # error: hence all of it in the default dtype.
+        rows = scores.reshape(-1, scores.shape[-1]).astype(float)
         values: jax.Array = optax.losses.multiclass_sparsemax_loss(rows, labels.ravel())
-        return values.reshape(labels.shape)
+        return values.reshape(labels.shape).astype(scores.dtype)
 
     return _with_labels(elementwise, scores, labels, reduction)
 
@@ -1488,8 +1490,9 @@ def ctc_loss(
     frames, symbols = arrays["logit_paddings"] < 1, arrays["label_paddings"] < 1
     labels = arrays["labels"]
     visible_nan = jnp.where(symbols, nan_unless_class(labels, num_classes), 1)
+    logits = make_safe(_at_least_float32(arrays["logits"]), frames)
     values = optax.losses.ctc_loss(
-        _rows(make_safe(_at_least_float32(arrays["logits"]), frames), 2),
+        _rows(logits, 2),
         _rows(1.0 - frames, 1),
         # -1 equals no label: optax looks whether a padded label repeats the last one.
         _rows(jnp.where(symbols, labels, -1), 1),
@@ -1497,7 +1500,8 @@ def ctc_loss(
         blank_id=blank_id,
         log_epsilon=log_epsilon,
     )
-    values = values.reshape(batch) * visible_nan.prod(axis=-1)
+    # In x64, optax makes float64 of float32.
+    values = values.astype(logits.dtype).reshape(batch) * visible_nan.prod(axis=-1)
     return weighted_mean(values, **reduction)
 
 
