@@ -20,6 +20,7 @@ from wloss_jax import testing
 from wloss_jax.accumulation import RunningMean, multi_steps
 from wloss_jax.gradients import value_and_grad
 from wloss_jax.heads import select_head
+from wloss_jax.linear_cross_entropy import linear_softmax_cross_entropy
 from wloss_jax.losses import (
     absolute_error,
     cosine_distance,
@@ -92,6 +93,7 @@ __all__ = [
     "kl_divergence",
     "kl_divergence_with_log_targets",
     "l2_loss",
+    "linear_softmax_cross_entropy",
     "log_cosh",
     "multiclass_hinge_loss",
     "multiclass_perceptron_loss",
