@@ -1,0 +1,33 @@
+"""Each short example prints what its docstring says."""
+
+import ast
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["quickstart", "choose_your_mean", "check_your_own_loss", "accumulate_and_shard"],
+)
+def test_the_example_prints_what_its_docstring_says(name):
+    example = ROOT / "examples" / f"{name}.py"
+    docstring = ast.get_docstring(ast.parse(example.read_text()))
+    _, expected = docstring.split(":\n\n    ", maxsplit=1)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment.pop("XLA_FLAGS", None)  # one device, or those that the example makes
+    run = subprocess.run(
+        [sys.executable, "-W", "error", example],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.rstrip() == textwrap.dedent("    " + expected)
