@@ -731,15 +731,16 @@ def mark_nan(gradients, index, num_parts):
 def tolerance(program, key, got):
     """How many units ``got`` may be off, and how much in any case.
 
-    5e-6 is some 40 roundings of float32, as in `tests.test_losses`; the oracle's own
-    derivatives are good to about 1e-9, its second ones to 1e-6. In 16 bits all is
-    computed in float32 and rounded once, at the end, to 8 or 11 bits; except that
-    `linear_softmax_cross_entropy` rounds the slope of the logits before two products,
-    and that what the rows of a scan, or microbatches, share is rounded in each of them.
-    Below the smallest normal number, anything may be flushed to 0.
+    5e-6 is some 40 roundings of float32, as in `tests.test_losses`, and where float32
+    targets meet float64 predictions, what looks at the targets alone is float32; the
+    oracle's own derivatives are good to about 1e-9, its second ones to 1e-6. In 16 bits
+    all is computed in float32 and rounded once, at the end, to 8 or 11 bits; except
+    that `linear_softmax_cross_entropy` rounds the slope of the logits before two
+    products, and that what the rows of a scan, or microbatches, share is rounded in
+    each of them. Below the smallest normal number, anything may be flushed to 0.
     """
-    first = jnp.finfo(program.dtypes["first"])
-    is_wide = first.bits == 64 and got.dtype.itemsize == 8
+    first, others = (jnp.finfo(program.dtypes[name]) for name in ("first", "others"))
+    is_wide = first.bits == others.bits == 64 and got.dtype.itemsize == 8
     rtol = 1e-8 if is_wide else 5e-6
     if key == "second":
         rtol = 2e-5
