@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import inspect
 import pickle
+import pydoc
 
 import jax
 import jax.numpy as jnp
@@ -361,3 +363,18 @@ def test_batches_of_other_shapes_as_in_the_original_answer():
     loss = sum(wl.weighted_mean(batch) for batch in batches).compute()
     np.testing.assert_allclose(loss, by_sum, rtol=1e-5)
     np.testing.assert_allclose(loss, by_share, rtol=1e-5)
+
+
+def test_treescope_shows_the_sums_by_name():
+    treescope = pytest.importorskip("treescope")  # comes with flax
+    shown = treescope.render_to_text({"loss": wl.WeightedMean(3.0, 2.0)})
+    assert "WeightedMean(" in shown
+    assert "total=<jax.Array(3." in shown
+    assert "weight=<jax.Array(2." in shown
+
+
+@pytest.mark.parametrize("name", ["absolute_error", "WeightedMean", "value_and_grad"])
+def test_help_has_the_docstring_and_a_signature_that_can_be_read(name):
+    text = pydoc.plain(pydoc.render_doc(getattr(wl, name)))
+    assert inspect.getdoc(getattr(wl, name)).splitlines()[0] in text
+    assert "jaxlib" not in text  # `ArrayLike`, not the union that it stands for

@@ -4,6 +4,8 @@ Both carry what `WeightedMean` carries, a sum and its weight still apart, throug
 training loop: as the state of an optimizer, and as a pytree in a jitted step.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple, Self
@@ -45,6 +47,8 @@ class MultiSteps(optax.GradientTransformationExtraArgs):  # type: ignore[misc]
         with what has been accumulated so far; see `multi_steps`.
     """
 
+    init: Callable[[Any], MultiStepsState]
+    update: Callable[..., tuple[Any, MultiStepsState]]
     flush: Callable[..., tuple[Any, MultiStepsState]]
 
 
@@ -87,8 +91,8 @@ def multi_steps(
       An `optax.GradientTransformationExtraArgs` that has ``flush`` too.
 
     Raises:
-      AssertionError: ``every_k`` is not as above; or, from ``update``, ``weight`` is
-        missing or no floating scalar.
+      AssertionError: ``optimizer`` or ``every_k`` is not as above; or, from
+        ``update``, ``weight`` is missing or no floating scalar.
 
     Example:
       >>> import jax.numpy as jnp
@@ -113,6 +117,11 @@ def multi_steps(
         True,
         custom_message=f"`every_k` is {every_k!r}: pass a positive integer, or a "
         "function from the number of optimizer steps taken to one.",
+    )
+    chex.assert_equal(
+        hasattr(optimizer, "init") and hasattr(optimizer, "update"),
+        True,
+        custom_message=f"`optimizer` must be an optax transform; got {optimizer!r}.",
     )
     inner = optax.with_extra_args_support(optimizer)
 
@@ -282,7 +291,7 @@ class RunningMean:
         # Four arrays, not one four times: a buffer can be donated only once.
         return cls(*(jnp.zeros(shape) for _ in range(4)))
 
-    def update(self, m: WeightedMean) -> "RunningMean":
+    def update(self, m: WeightedMean) -> RunningMean:
         """Adds a `WeightedMean` of the same shape.
 
         Args:
@@ -300,7 +309,7 @@ class RunningMean:
         zeros = jnp.zeros_like(m.total)
         return self.merge(RunningMean(m.total, zeros, m.weight, zeros))
 
-    def merge(self, other: "RunningMean") -> "RunningMean":
+    def merge(self, other: RunningMean) -> RunningMean:
         """Adds what another one has seen; the order does not matter, to rounding.
 
         Args:

@@ -8,10 +8,12 @@ drops the model from that evaluation; then each microbatch adds its share to the
 gradient, in its final scale.
 """
 
+from __future__ import annotations
+
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import chex
 import jax
@@ -21,10 +23,12 @@ from jax.typing import ArrayLike
 from wloss_jax.weighted_mean import AxisName, WeightedMean, axis_names, psum, vary
 
 PyTree = Any
+_P = ParamSpec("_P")
+_Value = TypeVar("_Value")  # a mean, or terms by name; with `has_aux`, and aux
 
 
 def value_and_grad(
-    loss_fn: Callable[..., Any],
+    loss_fn: Callable[_P, _Value],
     argnums: int | Sequence[int] = 0,
     *,
     has_aux: bool = False,
@@ -32,7 +36,7 @@ def value_and_grad(
     num_microbatches: int = 1,
     axis_name: AxisName | None = None,
     coefficients: Mapping[str, ArrayLike] | None = None,
-) -> Callable[..., Any]:
+) -> Callable[_P, tuple[_Value, Any]]:
     """Makes a function that returns the mean of the whole batch, and its gradient.
 
     ``grad(sum_k coefficient_k * total_k / W_k)``, ``W_k`` being the weight of term k
@@ -99,14 +103,13 @@ def value_and_grad(
       (WeightedMean(mean=3.0, weight=4.0), Array(6., dtype=float32))
     """
     single = isinstance(argnums, int)
-    diff_nums = (argnums,) if isinstance(argnums, int) else tuple(argnums)
-    batch_nums = (
-        (batch_argnums,) if isinstance(batch_argnums, int) else tuple(batch_argnums)
-    )
+    diff_nums = argument_numbers("argnums", argnums)
+    batch_nums = argument_numbers("batch_argnums", batch_argnums)
     names = parameter_names(loss_fn)
+    call: Callable[..., Any] = loss_fn  # with arguments by number
 
     @functools.wraps(loss_fn)
-    def value_and_grad_fn(*args: Any, **kwargs: Any) -> Any:
+    def value_and_grad_fn(*args: _P.args, **kwargs: _P.kwargs) -> tuple[Any, Any]:
         params, batch = choose_arguments(args, diff_nums, batch_nums, num_microbatches)
 
         def evaluate(
@@ -114,8 +117,7 @@ def value_and_grad(
         ) -> tuple[Any, Any, None]:
             replaced = params | {names.index(key): tree for key, tree in batch.items()}
             full = [replaced.get(i, arg) for i, arg in enumerate(args)]
-            result = loss_fn(*full, **kwargs)
-            return (*result, None) if has_aux else (result, None, None)
+            return *split_aux(call(*full, **kwargs), has_aux), None
 
         value, aux, by_number, _ = accumulate(
             evaluate,
@@ -154,7 +156,7 @@ def accumulate(
       axis_name: the axis or axes that the batch is spread over, or None.
       coefficients: the factors of the terms.
     """
-    axes = axis_name or ()
+    axes = () if axis_name is None else axis_name
     _check_mapped(axes)
     params = jax.tree.map(jnp.asarray, params)
     # Parameters that vary, so that the gradient of each device comes out, to be added
@@ -348,6 +350,12 @@ def _check_value(value: Any) -> None:
 
 def _coefficients(value: Any, coefficients: Mapping[str, ArrayLike] | None) -> Any:
     """Factors of the same structure as ``value``."""
+    chex.assert_equal(
+        coefficients is None or isinstance(coefficients, Mapping),
+        True,
+        custom_message="`coefficients` must be a dict of factors by the name of the "
+        f"term; got {coefficients!r}.",
+    )
     named = dict(coefficients or {})
     terms = list(value) if isinstance(value, dict) else []
     chex.assert_equal(
@@ -360,6 +368,32 @@ def _coefficients(value: Any, coefficients: Mapping[str, ArrayLike] | None) -> A
         return 1.0
     factors = {name: jnp.asarray(named.get(name, 1.0)) for name in terms}
     return jax.tree.map(jax.lax.stop_gradient, factors)
+
+
+def argument_numbers(option: str, numbers: int | Sequence[int]) -> tuple[int, ...]:
+    """The numbers in an ``option``, which may be one or a sequence of them."""
+    found = numbers if isinstance(numbers, tuple | list) else (numbers,)
+    chex.assert_equal(
+        all(type(number) is int for number in found),
+        True,
+        custom_message=f"`{option}` must be the number of an argument or a tuple of "
+        f"them; got {numbers!r}.",
+    )
+    return tuple(found)
+
+
+def split_aux(result: Any, has_aux: bool) -> tuple[Any, Any]:
+    """What a loss function returned, as its value and its aux."""
+    if not has_aux:
+        return result, None
+    chex.assert_equal(
+        isinstance(result, tuple | list) and len(result) == 2,
+        True,
+        custom_message="with `has_aux`, `loss_fn` must return a pair, the loss and the "
+        f"aux; got {result!r}.",
+    )
+    value, aux = result
+    return value, aux
 
 
 def choose_arguments(

@@ -1,5 +1,7 @@
 """Two heads or any number: the sample's type picks whose prediction is scored."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import chex

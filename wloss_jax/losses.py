@@ -22,6 +22,8 @@ classes of one element. Left out are:
 * `ctc_loss_with_forward_probs`, for its other outputs, and names that optax deprecates.
 """
 
+from __future__ import annotations
+
 import functools
 import inspect
 import math
@@ -37,7 +39,11 @@ from jax.typing import ArrayLike
 
 from wloss_jax.masks import (
     check_array,
+    check_axis,
     check_count,
+    check_flag,
+    check_label,
+    check_number,
     describe,
     expand_leading,
     freeze,
@@ -390,6 +396,7 @@ def huber_loss(
     Source:
       `optax.losses.huber_loss`; Huber, Robust estimation of a location parameter, 1964.
     """
+    check_number("delta", delta, 0)
     return _masked(optax.losses.huber_loss)(
         predictions, targets, delta=delta, **reduction
     )
@@ -469,11 +476,7 @@ def quantile_loss(
     Source:
       Koenker and Bassett, Regression Quantiles, 1978.
     """
-    chex.assert_equal(
-        0 <= quantile <= 1,
-        True,
-        custom_message=f"`quantile` must be between 0 and 1; got {quantile}.",
-    )
+    check_number("quantile", quantile, 0, 1)
     return _masked(_quantile_loss, hides_nan=True)(
         predictions, targets, quantile=quantile, **reduction
     )
@@ -518,6 +521,7 @@ def cosine_distance(
     Source:
       `optax.losses.cosine_distance`.
     """
+    check_number("epsilon", epsilon, 0)
     return _masked(_cosine_distance, event_ndim=1)(
         *_event_last(axis, predictions=predictions, targets=targets),
         epsilon=epsilon,
@@ -567,6 +571,9 @@ def poisson_nll(
     Source:
       Options and their defaults as in ``torch.nn.PoissonNLLLoss``.
     """
+    check_flag("log_input", log_input)
+    check_flag("full", full)
+    check_number("eps", eps, 0)
     return _masked(_poisson_nll)(
         predictions, targets, log_input=log_input, full=full, eps=eps, **reduction
     )
@@ -625,6 +632,8 @@ def gaussian_nll(
       Nix and Weigend, Estimating the mean and variance of the target probability
       distribution, 1994; options and defaults as in ``torch.nn.GaussianNLLLoss``.
     """
+    check_flag("full", full)
+    check_number("eps", eps, 0)
     return _masked(_gaussian_nll)(
         predictions, targets, variances, full=full, eps=eps, **reduction
     )
@@ -715,6 +724,9 @@ def sigmoid_focal_loss(
       `optax.losses.sigmoid_focal_loss`; Lin et al., Focal Loss for Dense Object
       Detection, 2017.
     """
+    if alpha is not None:
+        check_number("alpha", alpha, 0, 1)
+    check_number("gamma", gamma, 0)
     return _masked(_sigmoid_focal_loss)(
         logits, labels, alpha=alpha, gamma=gamma, **reduction
     )
@@ -955,12 +967,8 @@ def softmax_cross_entropy_with_integer_labels(
     """
     (logits,) = _event_last(axis, logits=logits)
     labels = check_labels(labels, logits.shape[:-1])
-    chex.assert_equal(
-        0 <= label_smoothing <= 1,
-        True,
-        custom_message="`label_smoothing` must be between 0 and 1; got "
-        f"{label_smoothing}.",
-    )
+    check_number("label_smoothing", label_smoothing, 0, 1)
+    check_number("z_loss", z_loss)
     if ignore_index is not None:
         reduction["where"] = counted_labels(
             labels, ignore_index, reduction.get("where")
@@ -1042,6 +1050,7 @@ def poly_loss_cross_entropy(
     Source:
       `optax.losses.poly_loss_cross_entropy`; Leng et al., PolyLoss, 2022.
     """
+    check_number("epsilon", epsilon)
     logits, labels = _event_last(axis, logits=logits, labels=labels)
     return _masked(optax.losses.poly_loss_cross_entropy, event_ndim=1)(
         logits, check_array("labels", labels, float), epsilon=epsilon, **reduction
@@ -1193,11 +1202,7 @@ def counted_labels(
     labels: jax.Array, ignore_index: int, where: ArrayLike | None
 ) -> jax.Array:
     """Folds ``ignore_index`` into ``where``."""
-    chex.assert_type(
-        ignore_index,
-        int,
-        custom_message=f"`ignore_index` must be an integer; got {ignore_index}.",
-    )
+    check_label("ignore_index", ignore_index)
     counts = labels != ignore_index
     if where is None:
         return counts
@@ -1227,6 +1232,7 @@ def own_class_weights(
 
 def _event_last(axis: Axis, **arrays: ArrayLike) -> list[jax.Array]:
     """Moves the axes of one event to the end of each array, as one axis."""
+    check_axis("axis", axis)
     checked = {name: check_array(name, array) for name, array in arrays.items()}
     (first_name, first), *others = checked.items()
     for name, array in others:
@@ -1400,6 +1406,9 @@ def triplet_margin_loss(
       `optax.losses.triplet_margin_loss`; Balntas et al., Learning shallow
       convolutional feature descriptors with triplet losses, 2016.
     """
+    check_number("norm_degree", norm_degree, 1)
+    check_number("margin", margin)
+    check_number("eps", eps, 0)
     arrays = _event_last(
         axis, anchors=anchors, positives=positives, negatives=negatives
     )
@@ -1466,6 +1475,7 @@ def ctc_loss(
         custom_message="`logits` needs an axis for the frames and one for the classes.",
     )
     *batch_axes, frame_count, num_classes = arrays["logits"].shape
+    check_number("log_epsilon", log_epsilon, high=0)
     check_count("blank_id", blank_id)
     chex.assert_equal(
         blank_id < num_classes,

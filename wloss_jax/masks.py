@@ -11,8 +11,11 @@ samples, even where B equals L. ``lengths`` has the shape of the axes before the
 that it bounds. NumPy's own rule, which lines up the trailing axes, is never used.
 """
 
+from __future__ import annotations
+
 import functools
 import math
+import sys
 from typing import cast
 
 import chex
@@ -91,6 +94,7 @@ def observed_mask(targets: ArrayLike, missing: float = math.nan) -> jax.Array:
       [ True  True False]
     """
     targets = check_array("targets", targets)
+    check_number("missing", missing, -math.inf, math.inf, nan=True)
     if jnp.issubdtype(targets.dtype, jnp.floating):
         if math.isnan(missing):
             return ~jnp.isnan(targets)
@@ -227,6 +231,59 @@ def check_count(name: str, value: object) -> None:
         and value >= 0,
         True,
         custom_message=f"`{name}` must be a Python integer of at least 0; got {value}.",
+    )
+
+
+def check_number(
+    name: str,
+    value: object,
+    low: float = -sys.float_info.max,
+    high: float = sys.float_info.max,
+    *,
+    nan: bool = False,
+) -> None:
+    """Takes an option: a Python number from ``low`` to ``high``."""
+    is_number = isinstance(value, int | float | np.integer | np.floating)
+    is_number &= not isinstance(value, bool)
+    number = float(cast(float, value)) if is_number else math.nan
+    chex.assert_equal(
+        low <= number <= high or (is_number and nan and math.isnan(number)),
+        True,
+        custom_message=f"`{name}` must be a Python number from {low:.4g} to "
+        f"{high:.4g}; got {value!r}.",
+    )
+
+
+def check_flag(name: str, value: object) -> None:
+    """Takes a switch: True or False."""
+    chex.assert_equal(
+        isinstance(value, bool | np.bool_),
+        True,
+        custom_message=f"`{name}` must be True or False; got {value!r}.",
+    )
+
+
+def check_label(name: str, value: object) -> None:
+    """Takes a label that stands for something: a Python integer."""
+    chex.assert_equal(
+        isinstance(value, int | np.integer) and not isinstance(value, bool),
+        True,
+        custom_message=f"`{name}` must be a Python integer; got {value!r}.",
+    )
+
+
+def check_axis(name: str, value: object) -> None:
+    """Takes an axis, a tuple of them, or None."""
+    axes = value if isinstance(value, tuple) else (value,)
+    chex.assert_equal(
+        value is None
+        or all(
+            isinstance(axis, int | np.integer) and not isinstance(axis, bool)
+            for axis in axes
+        ),
+        True,
+        custom_message=f"`{name}` must be an integer or a tuple of them; got "
+        f"{value!r}.",
     )
 
 

@@ -3,9 +3,11 @@
 The only module that imports flax; ``wl.nnx`` imports it when it is first named.
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import chex
 import jax
@@ -13,14 +15,22 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from wloss_jax.accumulation import RunningMean
-from wloss_jax.gradients import accumulate, choose_arguments, parameter_names
+from wloss_jax.gradients import (
+    accumulate,
+    argument_numbers,
+    choose_arguments,
+    parameter_names,
+    split_aux,
+)
 from wloss_jax.weighted_mean import AxisName, WeightedMean
 
 Argnum = int | nnx.DiffState
+_P = ParamSpec("_P")
+_Value = TypeVar("_Value")
 
 
 def value_and_grad(
-    loss_fn: Callable[..., Any],
+    loss_fn: Callable[_P, _Value],
     argnums: Argnum | Sequence[Argnum] = 0,
     *,
     has_aux: bool = False,
@@ -28,7 +38,7 @@ def value_and_grad(
     num_microbatches: int = 1,
     axis_name: AxisName | None = None,
     coefficients: Mapping[str, ArrayLike] | None = None,
-) -> Callable[..., Any]:
+) -> Callable[_P, tuple[_Value, Any]]:
     """Makes `wloss_jax.value_and_grad` of a function of `nnx` modules.
 
     ``grad(sum_k coefficient_k * total_k / W_k)``, ``W_k`` being the weight of term k
@@ -94,13 +104,14 @@ def value_and_grad(
       4.0 True
     """
     single = isinstance(argnums, int | nnx.DiffState)
-    wanted: Any = (argnums,) if single else argnums
+    wanted: Any = argnums if isinstance(argnums, tuple | list) else (argnums,)
     selects = dict(map(_number_and_predicate, wanted))
-    batch_nums = (batch_argnums,) if isinstance(batch_argnums, int) else batch_argnums
+    batch_nums = argument_numbers("batch_argnums", batch_argnums)
     names = parameter_names(loss_fn)
+    call: Callable[..., Any] = loss_fn  # with arguments by number
 
     @functools.wraps(loss_fn)
-    def value_and_grad_fn(*args: Any, **kwargs: Any) -> Any:
+    def value_and_grad_fn(*args: _P.args, **kwargs: _P.kwargs) -> tuple[Any, Any]:
         differentiated, batch = choose_arguments(
             args, tuple(selects), batch_nums, num_microbatches
         )
@@ -129,11 +140,11 @@ def value_and_grad(
             by_number = arrays | merged[0] | merged[1]
             by_number |= {names.index(key): tree for key, tree in batch.items()}
             full = [by_number[i] for i in range(len(args))]
-            result = loss_fn(*full, **merged[2])
+            result = call(*full, **merged[2])
             changed = nnx.state(merged, nnx.All(nnx.Variable, nnx.Not(is_param)))
             if num_microbatches > 1:
                 _check_same_variables(state, changed)
-            return (*result, changed) if has_aux else (result, None, changed)
+            return *split_aux(result, has_aux), changed
 
         value, aux, grads, state = accumulate(
             evaluate,
@@ -172,6 +183,9 @@ class WeightedMeanMetric(nnx.Metric):
     Args:
       argname: the keyword argument of `update` that this metric reads.
 
+    Raises:
+      AssertionError: ``argname`` is no string.
+
     Attributes:
       running: an `nnx.metrics.MetricState` that holds the `wloss_jax.RunningMean`.
 
@@ -185,6 +199,11 @@ class WeightedMeanMetric(nnx.Metric):
     """
 
     def __init__(self, argname: str = "values"):
+        chex.assert_equal(
+            isinstance(argname, str),
+            True,
+            custom_message=f"`argname` must be a string; got {argname!r}.",
+        )
         self.argname = argname
         self.running = nnx.metrics.MetricState(RunningMean.zeros())
 
@@ -227,6 +246,7 @@ class WeightedMeanMetric(nnx.Metric):
 def _number_and_predicate(argnum: Argnum) -> tuple[int, Callable[..., bool]]:
     if isinstance(argnum, nnx.DiffState):
         return argnum.argnum, nnx.All(argnum.filter)
+    argument_numbers("argnums", argnum)
     return argnum, nnx.All(nnx.Param)
 
 

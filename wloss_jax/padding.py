@@ -4,6 +4,8 @@ JAX compiles once for each shape: `bucket_sizes` finds the few sizes that waste
 the least padding, and `pad_ragged` pads a batch to the smallest that holds it.
 """
 
+from __future__ import annotations
+
 import itertools
 import operator
 from collections import deque

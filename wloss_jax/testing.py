@@ -13,6 +13,8 @@ Modules of `flax.nnx` are handed in split::
         return my_loss(nnx.merge(graphdef, params, state, copy=True), batch)
 """
 
+from __future__ import annotations
+
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
@@ -26,7 +28,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from wloss_jax.gradients import last_name, value_and_grad
-from wloss_jax.masks import check_array, expand_leading, valid_mask
+from wloss_jax.masks import (
+    check_array,
+    check_count,
+    check_label,
+    expand_leading,
+    valid_mask,
+)
 from wloss_jax.weighted_mean import WeightedMean
 
 PyTree = Any
@@ -329,6 +337,7 @@ def assert_valid_batch(
             "A length counts the elements of a sample, 0 for an empty one.",
         )
         if size is not None:
+            check_count("size", size)
             _check_values(
                 "lengths",
                 lengths,
@@ -340,8 +349,10 @@ def assert_valid_batch(
         labels = check_array("labels", labels, int)
         bad = labels < 0
         if num_classes is not None:
+            check_count("num_classes", num_classes)
             bad |= labels >= num_classes
         if ignore_index is not None:
+            check_label("ignore_index", ignore_index)
             bad &= labels != ignore_index
         _check_values(
             "labels",
@@ -386,7 +397,7 @@ class _Outcome(NamedTuple):
     def is_finite(self) -> bool:
         return all(np.isfinite(x).all() for part in self for x in part.values())
 
-    def times(self, factor: float) -> "_Outcome":
+    def times(self, factor: float) -> _Outcome:
         means, grads = (
             {name: factor * x.astype(np.float64) for name, x in part.items()}
             for part in (self.means, self.grads)

@@ -6,6 +6,8 @@ there is one guarded division, last, in `WeightedMean.compute`. That is all ther
 split invariance: sums do not depend on how their terms are grouped, means do.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import math
@@ -17,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from wloss_jax.masks import check_array, expand_leading, valid_mask
+from wloss_jax.masks import check_array, check_axis, expand_leading, valid_mask
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _Tree = TypeVar("_Tree")
@@ -88,7 +90,7 @@ class WeightedMean:
         """Makes the identity of addition: nothing seen yet."""
         return cls(jnp.zeros(shape), jnp.zeros(shape))
 
-    def __add__(self, other: "WeightedMean") -> "WeightedMean":
+    def __add__(self, other: WeightedMean) -> WeightedMean:
         if not isinstance(other, WeightedMean):
             return NotImplemented
         chex.assert_equal(
@@ -99,15 +101,18 @@ class WeightedMean:
         )
         return WeightedMean(self.total + other.total, self.weight + other.weight)
 
-    def __radd__(self, other: int) -> "WeightedMean":
+    def __radd__(self, other: int) -> WeightedMean:
         # `sum` starts from the integer 0.
         return self if type(other) is int and other == 0 else NotImplemented
 
-    def merge(self, axis: int | tuple[int, ...] | None = None) -> "WeightedMean":
+    def merge(self, axis: int | tuple[int, ...] | None = None) -> WeightedMean:
         """Adds up batch axes, all of them by default: a [B] of means becomes one.
 
         Args:
           axis: the axis or axes to add up.
+
+        Raises:
+          AssertionError: ``axis`` is no integer, tuple of them, or None.
 
         Example:
           >>> import jax.numpy as jnp
@@ -115,9 +120,10 @@ class WeightedMean:
           >>> wl.WeightedMean(jnp.array([10.0, 5.0]), jnp.array([8.0, 2.0])).merge()
           WeightedMean(mean=1.5, weight=10.0)
         """
+        check_axis("axis", axis)
         return WeightedMean(self.total.sum(axis), self.weight.sum(axis))
 
-    def psum(self, axis_name: AxisName) -> "WeightedMean":
+    def psum(self, axis_name: AxisName) -> WeightedMean:
         """Adds up over the devices of a mapped axis.
 
         For values. Around a gradient, use `wloss_jax.value_and_grad`: what the gradient
@@ -163,9 +169,7 @@ class WeightedMean:
         mean = self.total / jnp.where(is_empty, jnp.ones_like(weight), weight)
         return jnp.where(is_empty, jnp.asarray(empty, mean.dtype), mean)
 
-    def reweight(
-        self, fn: Callable[[jax.Array, jax.Array], jax.Array]
-    ) -> "WeightedMean":
+    def reweight(self, fn: Callable[[jax.Array, jax.Array], jax.Array]) -> WeightedMean:
         """Gives each entry the weight ``fn(size, loss)`` and keeps its mean.
 
         ``size`` is the entry's weight and ``loss`` its mean, both constants for
@@ -228,6 +232,12 @@ class WeightedMean:
 
 def axis_names(axis_name: AxisName) -> tuple[str, ...]:
     """The names in ``axis_name``, which may be one or a tuple of them."""
+    chex.assert_equal(
+        isinstance(axis_name, str | tuple | list),
+        True,
+        custom_message=f"`axis_name` must be a name or a tuple of them; got "
+        f"{axis_name!r}.",
+    )
     return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
 
 

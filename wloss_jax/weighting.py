@@ -3,6 +3,8 @@
 A scheme is any callable ``(size, loss) -> weight`` of floating arrays of one shape.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 
 import chex
