@@ -1,0 +1,7 @@
+"""The typed client program runs; that its types hold, mypy says (see pyproject)."""
+
+from tests import typed_client
+
+
+def test_the_typed_client_runs():
+    typed_client.main()
