@@ -7,15 +7,19 @@ measured do not count, and neither does padding. The metric is the mean absolute
 (MAE) over the measured positions of sequences that were held back.
 
 Without options the data is synthetic; --data reads the Kaggle competition "Stanford
-Ribonanza RNA Folding".
+Ribonanza RNA Folding". With --checkpoint, a run that was stopped goes on where it was
+saved last, and ends as it would have without the break.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import itertools
 import json
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -26,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import rna
 from flax import nnx
 from matplotlib.figure import Figure
@@ -282,7 +287,7 @@ def score_medians(
     return scores
 
 
-# The program -------------------------------------------------------------------------
+# Checkpoints -------------------------------------------------------------------------
 
 
 class Curve(NamedTuple):
@@ -291,6 +296,85 @@ class Curve(NamedTuple):
     step: list[int]
     train: list[float]
     test: list[float]
+
+
+Modules = tuple[TwoHeadModel, nnx.Optimizer]
+
+
+def open_checkpoints(
+    options: argparse.Namespace,
+) -> contextlib.AbstractContextManager[ocp.CheckpointManager | None]:
+    """Opens the directory of a run; exits if it holds a run with other options."""
+    if options.checkpoint is None:
+        return contextlib.nullcontext()
+    output = ("checkpoint", "plot", "json")
+    settings = {k: str(v) for k, v in vars(options).items() if k not in output}
+    manager = ocp.CheckpointManager(
+        options.checkpoint.absolute(),
+        options=ocp.CheckpointManagerOptions(max_to_keep=1),
+        metadata=settings,  # which stays what it was when the directory was made
+    )
+    began_with = manager.metadata().custom_metadata
+    others = [f"{k}={v}" for k, v in began_with.items() if settings.get(k) != v]
+    if others:
+        names = ", ".join(others)
+        sys.exit(f"error: {options.checkpoint} holds a run with other options: {names}")
+    return manager
+
+
+def save(
+    manager: ocp.CheckpointManager,
+    step: int,
+    modules: Modules,
+    recent: wl.WeightedMean,
+    curve: Curve,
+) -> None:
+    """Saves all that a run needs to go on after ``step``."""
+    manager.save(
+        step,
+        args=ocp.args.Composite(
+            arrays=ocp.args.StandardSave((nnx.state(modules), recent)),
+            curve=ocp.args.JsonSave(curve._asdict()),
+        ),
+    )
+
+
+def restore(
+    manager: ocp.CheckpointManager | None, modules: Modules
+) -> tuple[int, wl.WeightedMean, Curve]:
+    """Puts the last checkpoint, if any, into ``modules``; returns what else it has."""
+    recent = wl.WeightedMean.zeros()
+    if manager is None or (step := manager.latest_step()) is None:
+        return 0, recent, Curve([], [], [])
+    saved = manager.restore(
+        step,
+        args=ocp.args.Composite(
+            arrays=ocp.args.StandardRestore((nnx.state(modules), recent)),
+            curve=ocp.args.JsonRestore(),
+        ),
+    )
+    state, recent = saved.arrays
+    nnx.update(modules, state)
+    return step, recent, Curve(**saved.curve)
+
+
+@contextlib.contextmanager
+def delayed_interrupt() -> Iterator[threading.Event]:
+    """Turns Ctrl-C into an event, so that the step can finish; a second is at once."""
+    event = threading.Event()
+
+    def handle(*_: object) -> None:
+        event.set()
+        signal.signal(signal.SIGINT, default)
+
+    default = signal.signal(signal.SIGINT, handle)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, default)
+
+
+# The program -------------------------------------------------------------------------
 
 
 def train_model(
@@ -317,19 +401,40 @@ def train_model(
     epochs = (
         batches(train, buckets, options.batch_size, rng) for _ in itertools.count()
     )
-    stream = itertools.islice(itertools.chain.from_iterable(epochs), options.steps)
-    curve = Curve([], [], [])
-    recent = wl.WeightedMean.zeros()
-    progress = tqdm(stream, total=options.steps, desc="training", unit="step")
-    for step, batch in enumerate(progress, start=1):
-        recent += train_step(model, optimizer, batch)  # adds totals and weights
-        progress.set_postfix(loss=f"{recent.compute():.4f}", refresh=False)
-        if step % max(options.steps // 10, 1) == 0 or step == options.steps:
-            test_means = evaluate(model, test, buckets, EVALUATION_SIZES[-1])
-            curve.step.append(step)
-            curve.train.append(float(recent.compute()))
-            curve.test.append(score(test_means)["both"])
-            recent = wl.WeightedMean.zeros()
+    stream = itertools.chain.from_iterable(epochs)
+    modules = (model, optimizer)
+    with open_checkpoints(options) as manager, delayed_interrupt() as interrupted:
+        start, recent, curve = restore(manager, modules)
+        step, stopped = start, False
+        # What was trained on before is drawn again, and passed over.
+        rest = itertools.islice(stream, start, options.steps)
+        progress = tqdm(
+            rest, initial=start, total=options.steps, desc="training", unit="step"
+        )
+        for step, batch in enumerate(progress, start=start + 1):
+            recent += train_step(model, optimizer, batch)  # adds totals and weights
+            progress.set_postfix(loss=f"{recent.compute():.4f}", refresh=False)
+            is_tenth = step % max(options.steps // 10, 1) == 0 or step == options.steps
+            if is_tenth:
+                test_means = evaluate(model, test, buckets, EVALUATION_SIZES[-1])
+                curve.step.append(step)
+                curve.train.append(float(recent.compute()))
+                curve.test.append(score(test_means)["both"])
+                recent = wl.WeightedMean.zeros()
+            stopped = interrupted.is_set()
+            if manager and (is_tenth or stopped):
+                save(manager, step, modules, recent, curve)
+            if stopped:
+                break
+        progress.close()
+    if stopped:
+        print(f"stopped after step {step} of {options.steps}", end=", ")
+        print(
+            f"saved in {options.checkpoint}: the same command goes on from there"
+            if options.checkpoint
+            else "not saved: that takes --checkpoint"
+        )
+        sys.exit(130)
     return model, curve, sorted(compiled)
 
 
@@ -441,6 +546,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     output.add_argument(
         "--json", type=writable, metavar="FILE", help="write the figures as JSON"
+    )
+    output.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="DIR",
+        help="save the run in DIR, ten times and at Ctrl-C; the same command goes on "
+        "from there",
     )
     options = parser.parse_args(arguments)
     if options.error_weights and options.data is None:
