@@ -292,7 +292,7 @@ def count_rounds(monkeypatch, call):
     return len(rounds)
 
 
-@pytest.mark.parametrize("valid", [0, 1, 8, 9, 40])
+@pytest.mark.parametrize("valid", [0, 1, 8, 9, 23, 40])
 def test_rounds_follow_the_tokens_that_count(monkeypatch, valid):
     rng = np.random.default_rng(valid)
     where = rng.permutation(np.arange(40) < valid).reshape(B, 10)
@@ -300,13 +300,15 @@ def test_rounds_follow_the_tokens_that_count(monkeypatch, valid):
     mean = mean_of(arrays, where=where, chunk_size=8)
     step = jax.value_and_grad(mean, (0, 1, 2))
     call = functools.partial(step, *parts_of(arrays))
-    assert count_rounds(monkeypatch, call) == -(-valid // 8)
+    full, rest = divmod(valid, 8)
+    assert count_rounds(monkeypatch, call) == full + -(-rest // 2)
 
 
 def products(function, *arguments):
-    """The matrix products in the compiled program; each is in a loop."""
+    """The matrix products in a round: one loop is of full chunks, one of the rest."""
     text = jax.jit(function).lower(*arguments).compile().as_text()
-    return len(re.findall(r"= \S+ dot\(|custom_call_target=\"__onednn\$matmul", text))
+    found = re.findall(r"= \S+ dot\(|custom_call_target=\"__onednn\$matmul", text)
+    return len(found) / 2
 
 
 def test_number_of_matrix_products():
@@ -362,13 +364,12 @@ def test_memory_is_that_of_a_chunk():
     ("platform", "tokens", "features", "expected"),
     [
         ("cpu", 4096, 512, 512),
-        ("cpu", 600, 512, 384),  # two of 384, not 512 and 88
-        ("cpu", 10, 512, 128),
-        ("tpu", 8192, 4096, 1024),
-        ("tpu", 8192, 8192, 2048),
-        ("tpu", 8192, 512, 1024),
-        ("cuda", 32768, 2560, 1280),
-        ("cuda", 32768, 4096, 2048),
+        ("cpu", 10, 512, 10),
+        ("tpu", 8192, 4096, 512),
+        ("tpu", 8192, 8192, 1024),
+        ("tpu", 8192, 512, 512),
+        ("cuda", 32768, 2560, 1536),
+        ("cuda", 32768, 4096, 2560),
         ("cuda", 32768, 64, 1024),
         ("rocm", 32768, 65536, 8192),
         ("cuda", 0, 64, 0),
@@ -391,7 +392,7 @@ def test_platform_decides_and_not_the_host():
     assert "optimization_barrier" not in cuda + tpu
     assert "tensor<512x37xf32>" in cpu
     assert "tensor<1024x37xf32>" in cuda
-    assert "tensor<1024x37xf32>" in tpu
+    assert "tensor<1024x37xf32>" not in tpu
 
 
 # ---------------------------------------------- one cotangent for each token, or more
@@ -608,9 +609,11 @@ def test_sharded_tokens_stay_where_they_are(name):
     text = step.as_text()
     moves = "all-gather|all-to-all|collective-permute"
     moved = re.findall(rf"= (\S+) (?:{moves})(?:-start)?\(.*", text)
-    if "FSDP" in name:  # the kernel, once
-        assert len(moved) == 1
-        assert moved[0].startswith("f32[8,40]")
+    if "FSDP" in name:  # the kernel, for each of the two loops and not in them
+        assert [one[:9] for one in moved] == ["f32[8,40]"] * 2
+        assert text.count("all-gather(") == text[text.index("ENTRY") :].count(
+            "all-gather("
+        )
     else:
         assert not moved
     in_loop = [x for x in text.splitlines() if "all-reduce(" in x and "while/body" in x]
