@@ -183,11 +183,11 @@ class WeightedMeanMetric(nnx.Metric):
     Args:
       argname: the keyword argument of `update` that this metric reads.
 
-    Raises:
-      AssertionError: ``argname`` is no string.
-
     Attributes:
       running: an `nnx.metrics.MetricState` that holds the `wloss_jax.RunningMean`.
+
+    Raises:
+      AssertionError: ``argname`` is no string.
 
     Example:
       >>> import wloss_jax as wl

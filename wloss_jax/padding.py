@@ -49,8 +49,9 @@ def pad_ragged(
 
     Example:
       >>> import numpy as np
+      >>> import wloss_jax as wl
       >>> samples = [np.array([1.0, 2.0, 3.0]), np.array([4.0])]
-      >>> padded, lengths = pad_ragged(samples, buckets=(4, 8))
+      >>> padded, lengths = wl.pad_ragged(samples, buckets=(4, 8))
       >>> padded
       array([[1., 2., 3., 0.],
              [4., 0., 0., 0.]])
@@ -113,6 +114,7 @@ def bucket_sizes(
       padded elements valid, the best six sizes 75%:
 
       >>> import numpy as np
+      >>> import wloss_jax as wl
       >>> lengths = np.random.default_rng(0).lognormal(5.4, 0.8, 100_000).astype(int)
       >>> lengths = np.minimum(lengths, 2048)
       >>> def share_valid(sizes):
@@ -120,7 +122,7 @@ def bucket_sizes(
       ...     return round(float(lengths.sum() / padded.sum()), 2)
       >>> share_valid((64, 128, 256, 512, 1024, 2048))
       0.7
-      >>> sizes = bucket_sizes(lengths, 6)
+      >>> sizes = wl.bucket_sizes(lengths, 6)
       >>> sizes
       (158, 280, 440, 673, 1089, 2048)
       >>> share_valid(sizes)
