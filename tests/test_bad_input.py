@@ -1,15 +1,18 @@
 """Every public function by every way of calling it wrong.
 
 What must come is an `AssertionError` whose message names the argument, at trace time;
-or a `TypeError` or `ValueError` where Python or JAX themselves say it.
+or a `TypeError` or `ValueError` where Python or JAX themselves say it; or what is
+documented, as in `DOCUMENTED`. The last test is that no public name was forgotten.
 """
 
 import functools
 import inspect
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import wloss_jax as wl
@@ -162,6 +165,95 @@ def test_segments_and_their_number_come_together(case):
     assert_names("num_segments", lambda: case.loss(**arrays, segment_ids=INTEGERS))
 
 
+NO_OPTIONS = {
+    "a string": "x",
+    "an object": object(),
+    "NaN": np.nan,
+    "infinity": np.inf,
+    "a complex number": 1j,
+    "a function": len,
+}
+
+
+def options_of(case):
+    """The options of a loss, whatever is bound of them, and their defaults."""
+    parameters = inspect.signature(getattr(case.loss, "func", case.loss)).parameters
+    return {
+        name: parameter.default
+        for name, parameter in parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+        and name not in (*wl.losses.Reduction.__annotations__, "class_weights")
+    }
+
+
+@every_loss
+def test_options_that_are_no_numbers_are_named(case):
+    for name in options_of(case):
+        for what in NO_OPTIONS.values():
+            call = functools.partial(case.loss, **arrays_of(case) | {name: what})
+            assert_names(f"`{name}`", call)
+
+
+OUT_OF_RANGE = {
+    "huber_loss": {"delta": (-1, True, None)},
+    "quantile_loss": {"quantile": (-0.1, 1.5, True, None)},
+    "cosine_distance": {"epsilon": (-1.0, None), "axis": (0.5, True, (0.5,))},
+    "poisson_nll": {"log_input": (2.5, None, 1), "full": ("yes", 0), "eps": (-1, None)},
+    "gaussian_nll": {"full": (None, 1), "eps": (-1e-6, None)},
+    "sigmoid_focal_loss": {"alpha": (-1, 2, True), "gamma": (-1, None)},
+    "softmax_cross_entropy_with_integer_labels": {
+        "label_smoothing": (-0.1, 1.5, True, None),
+        "z_loss": (True, None),
+        "ignore_index": (0.5, True),
+    },
+    "poly_loss_cross_entropy": {"epsilon": (None, True)},
+    "triplet_margin_loss": {
+        "norm_degree": (0, -2, None),
+        "margin": (None,),
+        "eps": (-1,),
+    },
+    "ctc_loss": {"blank_id": (-1, V, 0.5, None), "log_epsilon": (1.0, None)},
+}
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in LOSSES if case.name in OUT_OF_RANGE], ids=repr
+)
+def test_options_out_of_range_are_named(case):
+    for name, values in OUT_OF_RANGE[case.name].items():
+        for value in values:
+            call = functools.partial(case.loss, **arrays_of(case) | {name: value})
+            assert_names(f"`{name}`", call)
+
+
+@every_loss
+def test_axes_of_size_0_are_a_mean_of_nothing(case):
+    arrays = arrays_of(case)
+    for cut in (slice(0, 0), (slice(None), slice(0, 0))):
+        m = case.loss(**{name: array[cut] for name, array in arrays.items()})
+        assert (m.total, m.weight, m.compute()) == (0, 0, 0)
+
+
+WITH_CLASSES = [
+    case for case in LOSSES if next(iter(arrays_of(case).values())).ndim == 3
+]
+
+
+@pytest.mark.parametrize("case", WITH_CLASSES, ids=repr)
+def test_no_classes_are_no_loss(case):
+    arrays = {
+        name: array[..., :0] if array.ndim == 3 else array
+        for name, array in arrays_of(case).items()
+    }
+    first = next(iter(arrays))
+    assert_names(f"`{first}`", lambda: case.loss(**arrays))
+
+
+def test_an_empty_batch_with_its_classes_in_front():
+    log_p = np.zeros((V, 0), np.float32)
+    assert wl.kl_divergence(log_p, log_p, axis=0).weight == 0
+
+
 def test_a_fractional_mask_is_told_of_weights():
     assert_names("`weights`", lambda: wl.absolute_error(FLOATS, FLOATS, where=FLOATS))
 
@@ -173,6 +265,36 @@ cross_entropy = wl.softmax_cross_entropy_with_integer_labels
 LOGITS, LABELS = np.zeros((B, L, V), np.float32), INTEGERS
 segmented = functools.partial(wl.weighted_mean, FLOATS, segment_ids=INTEGERS)
 heads = (FLOATS, FLOATS)
+
+
+batch = {"x": FLOATS, "y": FLOATS, "lengths": np.full(B, L)}
+uncut = {"x": FLOATS[:3], "y": FLOATS[:3]}
+
+
+def model(param, batch):
+    return loss(param * batch["x"], batch["y"], lengths=batch.get("lengths"))
+
+
+def step(function=model, batch=batch, param=1.0, **options):
+    return wl.value_and_grad(function, **options)(param, batch)
+
+
+def nnx_step(function=model, batch=batch, param=1.0, **options):
+    return wl.nnx.value_and_grad(function, **options)(param, batch)
+
+
+params = jnp.zeros(2)
+transform = wl.multi_steps(optax.sgd(1.0), 2)
+update = functools.partial(transform.update, params, transform.init(params), params)
+running = wl.RunningMean.zeros()
+valid = wl.testing.assert_valid_batch
+
+
+def linear(features=None, kernel=None, labels=None, **keywords):
+    good = (np.ones((B, L, 2), "f"), np.ones((2, V), "f"), INTEGERS)
+    given = (features, kernel, labels)
+    arrays = [g if x is None else x for x, g in zip(given, good, strict=True)]
+    return wl.linear_softmax_cross_entropy(*arrays, **keywords)
 
 
 def ctc(**changes):
@@ -345,6 +467,199 @@ TABLE = {
     "labels of another batch": ("`labels`", lambda: ctc(labels=LABELS[:1])),
     "a blank_id below 0": ("`blank_id`", lambda: ctc(blank_id=-1)),
     "a blank_id of no class": ("`blank_id`", lambda: ctc(blank_id=V)),
+    "missing of a string": ("`missing`", lambda: wl.observed_mask(FLOATS, "x")),
+    "missing of None": ("`missing`", lambda: wl.observed_mask(FLOATS, None)),
+    "missing of an array": ("`missing`", lambda: wl.observed_mask(FLOATS, FLOATS)),
+    "missing of a bool": ("`missing`", lambda: wl.observed_mask(INTEGERS, True)),
+    # features times kernel
+    "features of a list": ("`features`", lambda: linear([1.0])),
+    "features of integers": ("`features`", lambda: linear(np.ones((B, L, 2), int))),
+    "features without an axis": ("`features`", lambda: linear(np.float32(1))),
+    "a kernel of a list": ("`kernel`", lambda: linear(kernel=[[1.0]])),
+    "a kernel of one axis": ("`kernel`", lambda: linear(kernel=np.ones(2, "f"))),
+    "a transposed kernel": ("`kernel`", lambda: linear(kernel=np.ones((V, 2), "f"))),
+    "linear labels of floats": ("`labels`", lambda: linear(labels=FLOATS)),
+    "linear labels of a batch": ("`labels`", lambda: linear(labels=INTEGERS[0])),
+    "a bias of a number": ("`bias`", lambda: linear(bias=1.0)),
+    "a bias of another vocabulary": ("`bias`", lambda: linear(bias=np.ones(2, "f"))),
+    "a bias of integers": ("`bias`", lambda: linear(bias=np.ones(V, int))),
+    "linear smoothing above 1": (
+        "`label_smoothing`",
+        lambda: linear(label_smoothing=1.5),
+    ),
+    "a softcap of 0": ("`softcap`", lambda: linear(softcap=0)),
+    "a chunk_size of 0": ("`chunk_size`", lambda: linear(chunk_size=0)),
+    "a chunk_size of 2.0": ("`chunk_size`", lambda: linear(chunk_size=2.0)),
+    "a chunk_size of a string": ("`chunk_size`", lambda: linear(chunk_size="2")),
+    "linear ignore_index of 0.5": ("`ignore_index`", lambda: linear(ignore_index=0.5)),
+    "a linear column of weights": (
+        "`weights`",
+        lambda: linear(weights=np.ones((B, 1), "f")),
+    ),
+    "a linear mask of floats": ("`where`", lambda: linear(where=FLOATS)),
+    "linear lengths of a list": ("`lengths`", lambda: linear(lengths=[1] * B)),
+    "linear segments without a number": (
+        "`num_segments`",
+        lambda: linear(segment_ids=INTEGERS),
+    ),
+    # the gradient step; its terms, parts and devices
+    "a loss_fn that divides": (
+        "`loss_fn`",
+        lambda: step(lambda p, b: model(p, b).compute()),
+    ),
+    "a loss_fn of samples": ("`loss_fn`", lambda: step(lambda p, b: M)),
+    "a loss_fn of no terms": ("`loss_fn`", lambda: step(lambda p, b: {})),
+    "has_aux without aux": ("`has_aux`", lambda: step(has_aux=True)),
+    "aux without has_aux": ("`loss_fn`", lambda: step(lambda p, b: (model(p, b), 1))),
+    "argnums of a string": ("`argnums`", lambda: step(argnums="param")),
+    "argnums of None": ("`argnums`", lambda: step(argnums=None)),
+    "argnums of floats": ("`argnums`", lambda: step(argnums=(0.0,))),
+    "argnums of True": ("`argnums`", lambda: step(argnums=True)),
+    "argnums past the end": ("`argnums`", lambda: step(argnums=2)),
+    "argnums below 0": ("`argnums`", lambda: step(argnums=-1)),
+    "batch_argnums of None": ("`batch_argnums`", lambda: step(batch_argnums=None)),
+    "batch_argnums past the end": (
+        "`batch_argnums`",
+        lambda: step(batch_argnums=7, num_microbatches=2),
+    ),
+    "a batch that is differentiated": (
+        "`batch_argnums`",
+        lambda: step(argnums=1, num_microbatches=2),
+    ),
+    "no microbatches": ("`num_microbatches`", lambda: step(num_microbatches=0)),
+    "2.0 microbatches": ("`num_microbatches`", lambda: step(num_microbatches=2.0)),
+    "a string of microbatches": (
+        "`num_microbatches`",
+        lambda: step(num_microbatches="2"),
+    ),
+    "a k that does not divide": (
+        "`num_microbatches`",
+        lambda: step(batch=uncut, num_microbatches=2),
+    ),
+    "a batch of several sizes": (
+        "batch_argnums",
+        lambda: step(batch=batch | {"y": FLOATS[:2]}, num_microbatches=2),
+    ),
+    "a batch of numbers": (
+        "batch_argnums",
+        lambda: step(batch=1.0, num_microbatches=2),
+    ),
+    "a coefficient of no term": (
+        "`coefficients`",
+        lambda: step(lambda p, b: {"a": model(p, b)}, coefficients={"b": 1.0}),
+    ),
+    "a coefficient of a lone term": (
+        "`coefficients`",
+        lambda: step(coefficients={"a": 1.0}),
+    ),
+    "coefficients of a number": ("`coefficients`", lambda: step(coefficients=0.5)),
+    "coefficients of a list": ("`coefficients`", lambda: step(coefficients=[1.0])),
+    "an axis_name of a number": ("`axis_name`", lambda: step(axis_name=0)),
+    "an axis_name of an object": ("`axis_name`", lambda: step(axis_name=object())),
+    "nnx: has_aux without aux": ("`has_aux`", lambda: nnx_step(has_aux=True)),
+    "nnx: a loss_fn that divides": (
+        "`loss_fn`",
+        lambda: nnx_step(lambda p, b: model(p, b).compute()),
+    ),
+    "nnx: argnums of None": ("`argnums`", lambda: nnx_step(argnums=None)),
+    "nnx: argnums past the end": ("`argnums`", lambda: nnx_step(argnums=2)),
+    "nnx: batch_argnums of a string": (
+        "`batch_argnums`",
+        lambda: nnx_step(batch_argnums="batch"),
+    ),
+    "nnx: no microbatches": (
+        "`num_microbatches`",
+        lambda: nnx_step(num_microbatches=0),
+    ),
+    "nnx: a coefficient of no term": (
+        "`coefficients`",
+        lambda: nnx_step(coefficients={"a": 1.0}),
+    ),
+    "a metric of no name": ("`argname`", lambda: wl.nnx.WeightedMeanMetric(None)),
+    "a metric of a number": (
+        "`values`",
+        lambda: wl.nnx.WeightedMeanMetric().update(values=1.0),
+    ),
+    "a metric of samples": (
+        "`merge`",
+        lambda: wl.nnx.WeightedMeanMetric().update(values=M),
+    ),
+    # axes
+    "an axis of a string": (
+        "`axis`",
+        lambda: wl.kl_divergence(FLOATS, FLOATS, axis="a"),
+    ),
+    "a merge of half an axis": ("`axis`", lambda: M.merge(0.5)),
+    "a merge of a string": ("`axis`", lambda: M.merge("batch")),
+    "a merge of a list": ("`axis`", lambda: M.merge([0])),
+    "a psum over None": ("`axis_name`", lambda: M.psum(None)),
+    "a psum over a number": ("`axis_name`", lambda: M.psum(0)),
+    # across steps
+    "an optimizer of None": ("`optimizer`", lambda: wl.multi_steps(None, 2)),
+    "an optimizer that is its maker": (
+        "`optimizer`",
+        lambda: wl.multi_steps(optax.sgd, 2),
+    ),
+    "every_k of 0": ("`every_k`", lambda: wl.multi_steps(optax.sgd(1.0), 0)),
+    "every_k of 2.0": ("`every_k`", lambda: wl.multi_steps(optax.sgd(1.0), 2.0)),
+    "every_k of None": ("`every_k`", lambda: wl.multi_steps(optax.sgd(1.0), None)),
+    "no weight of a call": ("`weight`", lambda: update()),
+    "a weight of a list": ("`weight`", lambda: update(weight=[1.0])),
+    "a weight of samples": ("`weight`", lambda: update(weight=M.weight)),
+    "a weight that is the mean": ("`weight`", lambda: update(weight=M)),
+    "an update by a number": ("`m`", lambda: running.update(1.0)),
+    "an update by None": ("`m`", lambda: running.update(None)),
+    "an update by samples": ("`merge`", lambda: running.update(M)),
+    "a merge with a mean": ("`other`", lambda: running.merge(M.merge())),
+    "running empty of a string": ("`empty`", lambda: running.compute("0")),
+    # values, which only this looks at
+    "lengths past the end": ("`lengths`", lambda: valid(lengths=INTEGERS[0], size=0)),
+    "lengths below 0": ("`lengths`", lambda: valid(lengths=-INTEGERS[0])),
+    "NaN among the weights": ("`weights`", lambda: valid(weights=FLOATS * np.nan)),
+    "weights below 0": ("`weights`", lambda: valid(weights=-FLOATS)),
+    "infinite weights": ("`weights`", lambda: valid(weights=FLOATS * np.inf)),
+    "labels out of range": ("`labels`", lambda: valid(labels=LABELS, num_classes=1)),
+    "labels below 0": ("`labels`", lambda: valid(labels=-LABELS)),
+    "valid size of 2.5": (
+        "`size`",
+        lambda: valid(lengths=INTEGERS[0], size=2.5),
+    ),
+    "valid size of a string": ("`size`", lambda: valid(lengths=LABELS[0], size="3")),
+    "num_classes of None-like": (
+        "`num_classes`",
+        lambda: valid(labels=LABELS, num_classes=FLOATS),
+    ),
+    "num_classes of 2.5": (
+        "`num_classes`",
+        lambda: valid(labels=LABELS, num_classes=2.5),
+    ),
+    "ignored label of a string": (
+        "`ignore_index`",
+        lambda: valid(labels=LABELS, ignore_index="x"),
+    ),
+    # the laws, which want a batch that can show something
+    "no padding to change": (
+        "`where`",
+        lambda: wl.testing.assert_padding_invariant(
+            model, 1.0, uncut, where={"x": None, "y": None}
+        ),
+    ),
+    "a tree that is not the batch's": (
+        "`where`",
+        lambda: wl.testing.assert_padding_invariant(model, 1.0, uncut, where=BOOLS),
+    ),
+    "nothing to permute": (
+        "`batch`",
+        lambda: wl.testing.assert_permutation_invariant(
+            model, 1.0, {"x": FLOATS[:1], "y": FLOATS[:1]}
+        ),
+    ),
+    "nothing to split": (
+        "`batch`",
+        lambda: wl.testing.assert_split_invariant(
+            model, 1.0, {"x": FLOATS[:1], "y": FLOATS[:1]}
+        ),
+    ),
 }
 
 
@@ -378,10 +693,42 @@ PYTHONS = {
         "static",
         lambda: segmented(num_segments=jnp.int32(2)),
     ),
-    "an axis of a string": (
-        "integer",
-        lambda: wl.kl_divergence(FLOATS, FLOATS, axis="a"),
+    "an option of a list": ("static", lambda: wl.huber_loss(FLOATS, FLOATS, delta=[1])),
+    "a batch shape of floats": ("Shapes", lambda: wl.WeightedMean.zeros((1.5,))),
+    "a running shape of None": ("Shapes", lambda: wl.RunningMean.zeros(None)),
+    "a step that is no function": ("callable", lambda: wl.value_and_grad(None)),
+    "an nnx step that is no function": ("callable", lambda: wl.nnx.value_and_grad("f")),
+    "a law of no function": (
+        "callable",
+        lambda: wl.testing.assert_split_invariant(3, 1.0, batch),
     ),
+    "integer parameters": ("int32", lambda: step(param=1)),
+    "an unknown option of the step": ("reduction", lambda: step(reduction="mean")),
+    "a metric without its mean": (
+        "values",
+        lambda: wl.nnx.WeightedMeanMetric().update(loss=M),
+    ),
+    # on the host, where nothing is traced
+    "samples of None": ("samples", lambda: wl.pad_ragged(None)),
+    "samples of numbers": ("samples", lambda: wl.pad_ragged([1, 2])),
+    "no samples": ("samples", lambda: wl.pad_ragged([])),
+    "samples of strings": ("samples", lambda: wl.pad_ragged(["ab", "c"])),
+    "samples of two shapes": ("samples", lambda: wl.pad_ragged([FLOATS, FLOATS[0]])),
+    "a size below the longest": ("size", lambda: wl.pad_ragged([FLOATS], size=3)),
+    "a size of 4.0": ("size", lambda: wl.pad_ragged([FLOATS], size=4.0)),
+    "buckets of None of them": ("buckets", lambda: wl.pad_ragged([FLOATS], buckets=())),
+    "buckets of a number": ("buckets", lambda: wl.pad_ragged([FLOATS], buckets=4)),
+    "a value of a string": ("value", lambda: wl.pad_ragged([FLOATS], value="0")),
+    "a value of NaN in integers": (
+        "value",
+        lambda: wl.pad_ragged([LABELS], size=9, value=np.nan),
+    ),
+    "no lengths": ("lengths", lambda: wl.bucket_sizes([], 2)),
+    "lengths that are fractions": ("lengths", lambda: wl.bucket_sizes([1.5], 2)),
+    "lengths that are negative": ("lengths", lambda: wl.bucket_sizes([-1], 2)),
+    "no buckets": ("num_buckets", lambda: wl.bucket_sizes([1], 0)),
+    "buckets of 2.5": ("num_buckets", lambda: wl.bucket_sizes([1], 2.5)),
+    "multiples of 0": ("multiple_of", lambda: wl.bucket_sizes([1], 2, multiple_of=0)),
 }
 
 
@@ -390,8 +737,77 @@ def test_a_mistake_that_python_or_jax_names(mistake):
     assert_names(*PYTHONS[mistake], (TypeError, ValueError))
 
 
-def test_an_unknown_axis_name_is_named():
-    assert_names("nowhere", lambda: M.psum("nowhere"), NameError)
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: M.psum("nowhere"),
+        lambda: step(axis_name="nowhere"),
+        lambda: step(axis_name=("nowhere",), num_microbatches=2),
+        lambda: nnx_step(axis_name="nowhere"),
+        lambda: linear(vocab_axis_name="nowhere"),
+    ],
+)
+def test_an_unknown_axis_name_is_named(call):
+    assert_names("nowhere", call, NameError)
+
+
+DOCUMENTED = {
+    # What is no error has the result that its docstring promises.
+    "a length past the end marks all": (
+        lambda: wl.weighted_mean(FLOATS, lengths=np.full(B, 99)),
+        (B * L, B * L),
+    ),
+    "a length below 0 marks none": (
+        lambda: wl.weighted_mean(FLOATS, lengths=np.full(B, -1)),
+        (0, 0),
+    ),
+    "segments out of range are padding": (
+        lambda: segmented(num_segments=1).merge(),
+        (0, 0),
+    ),
+    "no segments": (lambda: segmented(num_segments=0).merge(), (0, 0)),
+    "a NaN weight that counts stays visible": (
+        lambda: wl.weighted_mean(FLOATS, weights=FLOATS * np.nan),
+        (np.nan, np.nan),
+    ),
+    "a label out of range is NaN": (
+        lambda: cross_entropy(LOGITS, LABELS * V),
+        (np.nan, B * L),
+    ),
+    "a label below 0 is NaN": (lambda: cross_entropy(LOGITS, -LABELS), (np.nan, B * L)),
+    "a label of no class is NaN, of a kernel too": (
+        lambda: linear(labels=LABELS * V),
+        (np.nan, B * L),
+    ),
+    "a head that is not there is NaN": (
+        lambda: wl.weighted_mean(wl.select_head(heads, len(heads))),
+        (np.nan, B * L),
+    ),
+    "a head below 0 is NaN": (
+        lambda: wl.weighted_mean(wl.select_head(heads, -1)),
+        (np.nan, B * L),
+    ),
+    "an array of heads has its own number": (
+        lambda: wl.weighted_mean(wl.select_head(FLOATS, 1)),
+        (L, L),
+    ),
+    "no features of a kernel's tokens": (
+        lambda: linear(np.ones((0, L, 2), "f"), labels=INTEGERS[:0]),
+        (0, 0),
+    ),
+    "weights of 0": (lambda: wl.weighted_mean(FLOATS, weights=0 * FLOATS), (0, 0)),
+    "the mean of no samples": (
+        lambda: wl.WeightedMean.zeros((0,)).reweight(wl.loss_power(1.0)).merge(),
+        (0, 0),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", DOCUMENTED)
+def test_what_is_no_error_is_what_is_documented(what):
+    call, (total, weight) = DOCUMENTED[what]
+    m = call()
+    np.testing.assert_array_equal((m.total, m.weight), (total, weight))
 
 
 def test_errors_say_what_came_what_was_expected_and_the_mend():
@@ -410,3 +826,35 @@ def test_errors_say_what_came_what_was_expected_and_the_mend():
 def test_errors_come_under_jit_too():
     with pytest.raises(AssertionError, match="`where` is float32"):
         jax.jit(lambda x: loss(x, x, where=x).compute())(FLOATS)
+
+
+# ------------------------------------------------------------------- nothing forgotten
+
+
+def names_in(code):
+    """The names that a function, and those in it, look up."""
+    inner = (c for c in code.co_consts if isinstance(c, types.CodeType))
+    return set(code.co_names).union(*map(names_in, inner))
+
+
+# Called under other names in this file, and what takes nothing that could be wrong.
+ALIASES = {"assert_valid_batch", "RunningMean", "multi_steps", "update"}
+WITHOUT_ARGUMENTS = {"to_host", "tree_flatten_with_keys", "tree_unflatten"}
+
+
+def test_every_public_name_is_called_wrong():
+    calls = [call for _, call in (TABLE | PYTHONS).values()]
+    calls += (step, nnx_step, linear)
+    called = set().union(*(names_in(call.__code__) for call in calls)) | ALIASES
+    called |= {getattr(case.loss, "func", case.loss).__name__ for case in LOSSES}
+    assert set(wl.__all__) <= called
+    for owner in (wl.testing, wl.nnx, wl.WeightedMean, wl.RunningMean):
+        home = getattr(owner, "__module__", owner.__name__)
+        public = {
+            name
+            for name, value in vars(owner).items()
+            if not name.startswith("_")
+            and callable(getattr(value, "__func__", value))
+            and getattr(value, "__module__", home) == home
+        }
+        assert public - called == WITHOUT_ARGUMENTS & public

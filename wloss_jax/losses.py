@@ -1246,12 +1246,19 @@ def _event_last(axis: Axis, **arrays: ArrayLike) -> list[jax.Array]:
         set(range(1, 33)),
         custom_message=f"`{first_name}` needs an axis for the classes or components.",
     )
-    if axis == -1:
-        return list(checked.values())
     event = tuple(range(first.ndim)) if axis is None else axis
     event = np.lib.array_utils.normalize_axis_tuple(event, first.ndim, argname="axis")
+    size = math.prod(first.shape[i] for i in event)
+    chex.assert_equal(
+        size > 0,
+        True,
+        custom_message=f"`{first_name}` has shape {first.shape}: it needs at least one "
+        "class or component.",
+    )
+    if axis == -1:
+        return list(checked.values())
     batch = tuple(i for i in range(first.ndim) if i not in event)
-    shape = (*(first.shape[i] for i in batch), -1)
+    shape = (*(first.shape[i] for i in batch), size)
     return [array.transpose(batch + event).reshape(shape) for array in checked.values()]
 
 
