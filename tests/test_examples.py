@@ -31,3 +31,16 @@ def test_the_example_prints_what_its_docstring_says(name):
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.rstrip() == textwrap.dedent("    " + expected)
+
+
+def test_the_pictures_are_drawn(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    import draw_pictures  # its main trains for a minute
+
+    monkeypatch.setattr(draw_pictures, "FOLDER", tmp_path)
+    monkeypatch.setattr(draw_pictures, "evaluate", lambda: ([0.2] * 8, [0.3] * 8))
+    draw_pictures.main()
+    drawn = sorted(path.name for path in tmp_path.iterdir())
+    checked_in = ROOT / "examples" / "pictures"
+    assert drawn == ["evaluation.svg", "flow.svg"]
+    assert all((checked_in / name).is_file() for name in drawn)

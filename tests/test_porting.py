@@ -9,6 +9,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import wloss_jax as wl
@@ -29,7 +30,8 @@ def assert_close(got, expected, what):
 @pytest.fixture(scope="module")
 def names():
     """For each row, the names before its lines ran, and after."""
-    namespace = {"jax": jax, "jnp": jnp, "np": np, "wl": wl}
+    namespace = {"jax": jax, "jnp": jnp, "np": np, "optax": optax, "wl": wl}
+    namespace |= {"Mesh": jax.sharding.Mesh, "P": jax.sharding.PartitionSpec}
     exec(ARRAYS, namespace)
     snapshots = [dict(namespace)]
     for row in ROWS:
