@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 from hypothesis import example, given, settings
+from jax.sharding import Mesh, PartitionSpec
 
 import wloss_jax as wl
 from tests import grid, reference, strategies
@@ -652,6 +653,24 @@ def test_bool_labels_are_0_and_1():
     ):
         of_bool, of_int = loss(x, labels), loss(x, labels.astype(np.int32))
         np.testing.assert_array_equal(of_bool.total, of_int.total)
+
+
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs 2 devices")
+def test_ctc_under_shard_map_that_checks_what_varies():
+    """optax's scan starts from constants, and goes on to what varies."""
+    (case,) = (case for case in grid.CASES if case.name == "ctc_loss")
+    batch = grid.ragged(case, 16, LENGTHS)
+    arrays, keywords = grid.pad(batch, L)
+    sharded = jax.shard_map(
+        lambda arrays, keywords: case.loss(*arrays, **keywords).psum("devices"),
+        mesh=Mesh(np.array(jax.devices()[:2]), ("devices",)),
+        in_specs=PartitionSpec("devices"),
+        out_specs=PartitionSpec(),
+    )
+    m = jax.jit(sharded)(arrays, keywords)
+    oracle = grid.expected(case, batch, L)
+    assert_close(m.compute(), oracle.mean, oracle.magnitude)
+    assert_close(m.weight, oracle.weight)
 
 
 LOSSES_WITH_AXIS = [

@@ -50,7 +50,7 @@ from wloss_jax.masks import (
     make_safe,
     valid_mask,
 )
-from wloss_jax.weighted_mean import WeightedMean, jit_compiled, weighted_mean
+from wloss_jax.weighted_mean import WeightedMean, jit_compiled, vary, weighted_mean
 
 _Loss = TypeVar("_Loss", bound=Callable[..., WeightedMean])
 Axis = int | tuple[int, ...] | None
@@ -1508,6 +1508,9 @@ def ctc_loss(
     labels = arrays["labels"]
     visible_nan = jnp.where(symbols, nan_unless_class(labels, num_classes), 1)
     logits = make_safe(_at_least_float32(arrays["logits"]), frames)
+    # optax starts a scan from multiples of it, which must vary over devices as data do.
+    varying = (jax.typeof(x).manual_axis_type.varying for x in arrays.values())
+    log_zero = vary(jnp.float32(log_epsilon), tuple(frozenset().union(*varying)))
     values = optax.losses.ctc_loss(
         _rows(logits, 2),
         _rows(1.0 - frames, 1),
@@ -1515,7 +1518,7 @@ def ctc_loss(
         _rows(jnp.where(symbols, labels, -1), 1),
         _rows(1.0 - symbols, 1),
         blank_id=blank_id,
-        log_epsilon=log_epsilon,
+        log_epsilon=log_zero,
     )
     # In x64, optax makes float64 of float32.
     values = values.astype(logits.dtype).reshape(batch) * visible_nan.prod(axis=-1)
