@@ -1,0 +1,442 @@
+"""Applies deliberate faults to copies of the package, and runs the tests that notice.
+
+    python -m tests.mutants                 # all of them
+    python -m tests.mutants epsilon         # those whose name holds this
+
+First all of these tests run on an unchanged copy, where they must pass.
+"""
+
+import argparse
+import concurrent.futures
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+class Fault(NamedTuple):
+    """One change to one module, and the tests of one file that should notice."""
+
+    name: str
+    module: str
+    old: str
+    new: str
+    test_file: str
+    tests: str  # a substring of their names, or an expression of pytest's -k
+
+
+GRID = "test_losses"
+ORACLES = "test_value_and_gradients_are_the_oracles and "
+FAULTS = [
+    # what counts
+    Fault(
+        "mask on the output only",
+        "losses",
+        "make_safe(array, mask, i) if of_user else freeze(array, mask)",
+        "array",
+        GRID,
+        "gradient_where_nothing_counts and masked_singular",
+    ),
+    Fault(
+        "mask on the output only, of a loss of ours",
+        "losses",
+        "make_safe(array, mask, i) if of_user else freeze(array, mask)",
+        "make_safe(array, mask, i) if of_user else array",
+        GRID,
+        "gradient_where_nothing_counts and squared_error",
+    ),
+    Fault(
+        "harmless values of a user's loss all alike",
+        "masks",
+        "harmless = 1 / (2 + nth)",
+        "harmless = 1 / 2",
+        GRID,
+        "as_if_padding_were_not_there and error",
+    ),
+    Fault(
+        "mask by multiplication",
+        "weighted_mean",
+        "values = jnp.where(mask, values, 0)",
+        "values = values * mask",
+        GRID,
+        "test_without_jit and absolute_error",  # XLA makes a choice of it
+    ),
+    Fault(
+        "weights masked by multiplication",
+        "weighted_mean",
+        "weights = jnp.where(mask, weights, 0)",
+        "weights = weights * mask",
+        GRID,
+        "test_without_jit and absolute_error",
+    ),
+    Fault(
+        "mask after the alignment of NumPy, trailing axes",
+        "masks",
+        "expanded = array.reshape(array.shape + (1,) * (len(shape) - array.ndim))",
+        "expanded = array",
+        "test_masks",
+        "line_up_with_leading_axes",
+    ),
+    Fault(
+        "lengths that count one position too few",
+        "masks",
+        "return positions <= lengths",
+        "return positions < lengths",
+        "test_masks",
+        "marks_the_first_positions",
+    ),
+    Fault(
+        "segment ids below 0 wrap",
+        "masks",
+        "masks.append((ids >= 0) & (ids < num_segments))",
+        "masks.append(ids < num_segments)",
+        GRID,
+        "packed_rows_are_the_oracles and squared_error",
+    ),
+    Fault(
+        "narrow sentinels compared as narrow ones",
+        "masks",
+        "return integers.astype(jnp.int32) if narrow else integers",
+        "return integers",
+        "test_masks",
+        "narrow_integers or uint8",
+    ),
+    Fault(
+        "ignored labels count",
+        "losses",
+        "counts = labels != ignore_index",
+        "counts = labels == labels",
+        GRID,
+        "ignore_index_is_where",
+    ),
+    Fault(
+        "a label of -1 wraps",
+        "losses",
+        "return nan_unless((labels >= 0) & (labels < num_classes))",
+        "return nan_unless(labels < num_classes)",
+        GRID,
+        "label_out_of_range and perceptron",
+    ),
+    Fault(
+        "NaN that counts has no gradient",
+        "losses",
+        "if hides_nan:",
+        "if False:",
+        GRID,
+        "nan_that_counts and hinge",
+    ),
+    Fault(
+        "a head that is not there is the first",
+        "heads",
+        "selected = jnp.full_like(heads[0], jnp.nan)",
+        "selected = heads[0]",
+        "test_heads",
+        "out_of_range",
+    ),
+    # the denominator
+    Fault(
+        "clamp at 1",
+        "weighted_mean",
+        "mean = self.total / jnp.where(is_empty, jnp.ones_like(weight), weight)",
+        "mean = self.total / jnp.maximum(weight, 1)",
+        "test_weighted_mean",
+        "no_epsilon_and_no_floor",
+    ),
+    Fault(
+        "epsilon in the denominator",
+        "weighted_mean",
+        "mean = self.total / jnp.where(is_empty, jnp.ones_like(weight), weight)",
+        "mean = self.total / (weight + 1e-8)",
+        "test_weighted_mean",
+        "no_epsilon_and_no_floor",
+    ),
+    Fault(
+        "nothing divided by nothing",
+        "weighted_mean",
+        "is_empty = weight == 0",
+        "is_empty = weight < 0",
+        "test_weighted_mean",
+        "empty_mean_is_exactly_0",
+    ),
+    Fault(
+        "gradient through the weight",
+        "weighted_mean",
+        "weight = jax.lax.stop_gradient(self.weight)\n        is_empty",
+        "weight = self.weight\n        is_empty",
+        "test_weighted_mean",
+        "no_gradient_through_the_weight",
+    ),
+    Fault(
+        "count in bfloat16",
+        "weighted_mean",
+        "return WeightedMean(add_up(values), count.astype(dtype))",
+        "return WeightedMean(add_up(values), count.astype(jnp.bfloat16))",
+        "test_weighted_mean",
+        "counted_and_summed_in_float32",
+    ),
+    Fault(
+        "sum in the dtype of the values",
+        "weighted_mean",
+        "dtype = jnp.result_type(values, jnp.float32)",
+        "dtype = values.dtype",
+        "test_weighted_mean",
+        "counted_and_summed_in_float32",
+    ),
+    Fault(
+        "an empty entry is given weight by a scheme",
+        "weighted_mean",
+        "weight = jnp.where(is_empty, 0, jax.lax.stop_gradient(weight))",
+        "weight = jax.lax.stop_gradient(weight)",
+        "test_weighted_mean",
+        "empty_entry_stays_empty",
+    ),
+    Fault(
+        "class weights without the others",
+        "losses",
+        'return own * expand_leading("weights", weights, labels.shape)',
+        "return own",
+        GRID,
+        "class_weights_are_in_the_denominator",
+    ),
+    Fault(
+        "a kernel mapped like data",
+        "losses",
+        '_UNMAPPED = ("kernel", "bias", "class_weights")',
+        '_UNMAPPED = ("bias", "class_weights")',
+        GRID,
+        "per_sample_shares_kernel",
+    ),
+    Fault(
+        "the gradient of |x| at 0 is 1",
+        "losses",
+        "return errors * jax.lax.stop_gradient(jnp.sign(errors))",
+        "return jnp.abs(errors)",
+        GRID,
+        "gradient_at_an_error_of_0",
+    ),
+    # microbatches and devices
+    Fault(
+        "mean of means over microbatches",
+        "gradients",
+        "c * WeightedMean(mean.total, weight).compute()",
+        "c * mean.compute() / num_microbatches",
+        "test_gradients",
+        "a_lone_term_is_the_oracle",
+    ),
+    Fault(
+        "coefficients forgotten",
+        "gradients",
+        "c * WeightedMean(mean.total, weight).compute()",
+        "WeightedMean(mean.total, weight).compute()",
+        "test_devices",
+        "test_each_device_pads_its_rows",
+    ),
+    Fault(
+        "padded rows count",
+        "gradients",
+        "padded = padded.at[size:].set(False)",
+        "padded = padded.at[size:].get() if False else padded",
+        "test_gradients",
+        "padded_rows_are_copies or name_may_be",
+    ),
+    Fault(
+        "padded rows that weigh are not told",
+        "gradients",
+        "return jnp.where(padding == 0, weight, jnp.nan)",
+        "return weight",
+        "test_gradients",
+        "gives_padded_rows_weight",
+    ),
+    Fault(
+        "gradients added up in the dtype of the parameters",
+        "gradients",
+        "return jnp.where(False, param, 0).astype(dtype)",
+        "return jnp.where(False, param, 0).astype(param.dtype)",
+        "test_gradients",
+        "half_precision_gradients",
+    ),
+    Fault(
+        "missing psum of weights",
+        "gradients",
+        "weights = psum(_weights(value), axes)",
+        "weights = _weights(value)",
+        "test_devices",
+        "test_shard_map_that_does_not_check and 1",
+    ),
+    Fault(
+        "missing psum of weights, with microbatches",
+        "gradients",
+        "weights = psum(weights, axes)",
+        "weights = weights",
+        "test_devices",
+        "test_shard_map_that_does_not_check and 2",
+    ),
+    Fault(
+        "missing psum of gradients",
+        "gradients",
+        "return psum(grad.astype(dtype), axes).astype(param.dtype)",
+        "return grad.astype(dtype).astype(param.dtype)",
+        "test_devices",
+        "test_shard_map_that_does_not_check and 1",
+    ),
+    Fault(
+        "missing psum of totals",
+        "gradients",
+        "WeightedMean(psum(mean.total, axes), weight)",
+        "WeightedMean(mean.total, weight)",
+        "test_devices",
+        "test_shard_map_that_does_not_check and 1",
+    ),
+    Fault(
+        "parameters that do not vary, summed twice",
+        "gradients",
+        "varying = jax.tree.map(lambda x: vary(x, axes), params)",
+        "varying = params",
+        "test_devices",
+        "test_each_device_pads_its_rows",
+    ),
+    # across steps
+    Fault(
+        "calls count alike",
+        "accumulation",
+        "term = scalar.astype(total.dtype) * grad.astype(total.dtype)",
+        "term = grad.astype(total.dtype)",
+        "test_accumulation",
+        "by_their_weight_and_not_alike",
+    ),
+    Fault(
+        "a call of no weight adds its NaN",
+        "accumulation",
+        "return jnp.where(scalar == 0, total, total + term)",
+        "return total + term",
+        "test_accumulation",
+        "call_of_weight_0",
+    ),
+    Fault(
+        "what rounding leaves over is dropped",
+        "accumulation",
+        "return _two_sum(high, error + (a_low + b_low))",
+        "return _two_sum(high, 0 * error)",
+        "test_accumulation",
+        "counts_are_exact",
+    ),
+    # features times kernel
+    Fault(
+        "the last chunk's padding is a token",
+        "linear_cross_entropy",
+        't.at[index].get(mode="fill", fill_value=0)',
+        't.at[index].get(mode="clip")',
+        "test_linear_cross_entropy",
+        "chunks_change_nothing and 1000",
+    ),
+    Fault(
+        "tokens that do not count, behind those that do",
+        "linear_cross_entropy",
+        "order = jnp.where(jnp.arange(block) < mask.sum(), order, block)",
+        "order = order + 0",
+        "test_linear_cross_entropy",
+        "chunks_change_nothing and 1000",
+    ),
+    # on the host
+    Fault(
+        "samples padded in front",
+        "padding",
+        "padded[i, :length] = array",
+        "padded[i, -length:] = array",
+        "test_padding",
+        "rows_hold_the_samples",
+    ),
+]
+
+
+def apply(fault, package):
+    """Writes the fault into a copy of the package."""
+    path = package / f"{fault.module}.py"
+    text = path.read_text()
+    found = text.count(fault.old)
+    if found != 1:
+        raise ValueError(
+            f"{fault.name!r}: its old text occurs {found} times in {path.name}, and "
+            f"must once: {fault.old!r}. Adapt the fault to the code."
+        )
+    path.write_text(text.replace(fault.old, fault.new))
+
+
+def copied(directory):
+    """A copy of the checkout, as far as tests need it."""
+    ignored = shutil.ignore_patterns("__pycache__")
+    for name in ("wloss_jax", "tests"):
+        shutil.copytree(ROOT / name, directory / name, ignore=ignored)
+    shutil.copy(ROOT / "pyproject.toml", directory)
+    return directory
+
+
+def run_tests(directory, test_file, tests):
+    """Runs some tests there: pytest's exit status, and its last lines."""
+    options = ["-x", "-q", "--tb=no", "-p", "no:cacheprovider"]
+    path = f"tests/{test_file}.py"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, path, "-k", tests],
+        cwd=directory,
+        env=os.environ | {"PYTHONPATH": str(directory), "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    return done.returncode, done.stdout[-2000:] + done.stderr[-500:]
+
+
+def try_fault(fault, parent):
+    """Who noticed, or None."""
+    with tempfile.TemporaryDirectory(dir=parent) as name:
+        directory = copied(pathlib.Path(name))
+        apply(fault, directory / "wloss_jax")
+        status, output = run_tests(directory, fault.test_file, fault.tests)
+    if status == 0:
+        return None
+    failed = re.search(r"^FAILED tests/(\S+?\.py::\w+)", output, re.MULTILINE)
+    if status != 1 or failed is None:
+        raise RuntimeError(f"{fault.name!r}: its tests did not run:\n{output}")
+    return failed.group(1)
+
+
+def try_none(faults, parent):
+    """All tests that should notice must pass where there is nothing to notice."""
+    by_file = {}
+    for fault in faults:
+        by_file.setdefault(fault.test_file, set()).add(f"({fault.tests})")
+    with tempfile.TemporaryDirectory(dir=parent) as name:
+        directory = copied(pathlib.Path(name))
+        for test_file, tests in by_file.items():
+            status, output = run_tests(directory, test_file, " or ".join(sorted(tests)))
+            if status:
+                raise RuntimeError(f"without any fault, {test_file} fails:\n{output}")
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("name", nargs="?", default="")
+    chosen = parser.parse_args(arguments).name
+    faults = [fault for fault in FAULTS if chosen in fault.name]
+    survived = 0
+    with (
+        tempfile.TemporaryDirectory() as parent,
+        concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 2)) as pool,
+    ):
+        unchanged = pool.submit(try_none, faults, parent)
+        outcomes = pool.map(lambda fault: try_fault(fault, parent), faults)
+        for fault, noticed_by in zip(faults, outcomes, strict=True):
+            survived += noticed_by is None
+            print(f"{fault.name:52}{noticed_by or 'NOT NOTICED'}", flush=True)
+        unchanged.result()
+    print(f"{len(faults)} faults, {survived} not noticed")
+    return survived > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
