@@ -5,6 +5,8 @@ import io
 import re
 from pathlib import Path
 
+from tests import peers
+
 README = Path(__file__).parents[1] / "README.md"
 
 
@@ -41,3 +43,12 @@ def test_relative_links_resolve():
     links = re.findall(r"\]\((?!https?://|#)([^)#]+)", README.read_text())
     for link in links:
         assert (README.parent / link).exists(), link
+
+
+def test_the_table_has_what_other_packages_do(capsys):
+    peers.main()
+    rows = capsys.readouterr().out.splitlines()
+    numbers = {row[:32].strip(): row[32:].split() for row in rows[1:]}
+    assert numbers["wloss_jax"] == ["5.800", "5.800", "5.800,", "gradient", "finite"]
+    assert numbers["optax"] == ["5.800", "13.000", "5.800,", "gradient", "NaN"]
+    assert numbers["flax"] == ["5.800", "5.800", "nan,", "gradient", "NaN"]
