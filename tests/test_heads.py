@@ -93,3 +93,11 @@ def test_selecting_first_and_scoring_every_head_agree():
     )
     np.testing.assert_allclose(selected.compute(), scored.compute(), rtol=1e-6)
     assert selected.weight == scored.weight
+
+
+def test_no_alarm_for_debug_nans_but_of_a_head_out_of_range():
+    heads = (jnp.ones(2), jnp.zeros(2))
+    with jax.debug_nans(True):
+        assert wl.select_head(heads, jnp.array([1, 0])).tolist() == [0, 1]
+        with pytest.raises(FloatingPointError):
+            wl.select_head(heads, jnp.array([1, 2]))

@@ -20,7 +20,14 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from wloss_jax.weighted_mean import AxisName, WeightedMean, axis_names, psum, vary
+from wloss_jax.weighted_mean import (
+    AxisName,
+    WeightedMean,
+    axis_names,
+    jit_compiled,
+    psum,
+    vary,
+)
 
 PyTree = Any
 _P = ParamSpec("_P")
@@ -316,6 +323,7 @@ def _merge(stacked: PyTree, padded: PyTree = None) -> PyTree:
     return jax.tree.map(merge, *trees, is_leaf=_is_mean)
 
 
+@jit_compiled()  # or `jax_debug_nans` would take the constant for a mistake
 def _nan_if_padding_weighs(weight: jax.Array, padding: jax.Array) -> jax.Array:
     """Padded rows should weigh nothing; where they do, no number beats a wrong one."""
     return jnp.where(padding == 0, weight, jnp.nan)

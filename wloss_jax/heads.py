@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from wloss_jax.masks import check_array, expand_leading
+from wloss_jax.weighted_mean import jit_compiled
 
 
 def select_head(
@@ -72,6 +73,11 @@ def select_head(
             "or dtype: all heads must have the same.",
         )
     head = expand_leading("head", check_array("head", head, int), heads[0].shape)
+    return _select(heads, head)
+
+
+@jit_compiled()  # or `jax_debug_nans` would take what it starts with for a mistake
+def _select(heads: list[jax.Array], head: jax.Array) -> jax.Array:
     selected = jnp.full_like(heads[0], jnp.nan)
     for i, prediction in enumerate(heads):
         selected = jnp.where(head == i, prediction, selected)

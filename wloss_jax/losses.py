@@ -1193,6 +1193,7 @@ def nan_unless_class(labels: jax.Array, num_classes: int) -> jax.Array:
     return nan_unless((labels >= 0) & (labels < num_classes))
 
 
+@jit_compiled()  # or `jax_debug_nans` would take the constant for a mistake
 def nan_unless(condition: jax.Array) -> jax.Array:
     """Gives 1 or NaN: a factor, so that the gradient is NaN too."""
     return jnp.where(condition, jnp.float32(1), jnp.float32(math.nan))
