@@ -472,12 +472,8 @@ def draw_data(program, rng):
     ]
     if "weights" in program.ranks:
         shape_of_weights = shape[: program.ranks["weights"]]
-        # TODO: `linear_softmax_cross_entropy` of float16 multiplies by the weights in
-        # float16, before it divides by their sum.
-        is_product = loss.loss is wl.linear_softmax_cross_entropy
         dtype = program.dtypes["weights"]
-        narrow = "float16" in (dtype, is_product and program.dtypes["first"])
-        weights = draw_weights(rng, shape_of_weights, dtype, narrow)
+        weights = draw_weights(rng, shape_of_weights, dtype, dtype == "float16")
         keywords["weights"] = poisoned(rng, weights, ~counts)
     wrong = None
     # The derivative of plain values does not depend on what they hold.
