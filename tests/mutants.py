@@ -347,8 +347,8 @@ FAULTS = [
     Fault(
         "samples padded in front",
         "padding",
-        "padded[i, :length] = array",
-        "padded[i, -length:] = array",
+        "row[:length] = array",
+        "row[-length:] = array",
         "test_padding",
         "rows_hold_the_samples",
     ),

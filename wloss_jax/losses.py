@@ -736,9 +736,11 @@ def _sigmoid_focal_loss(
     logits: jax.Array, labels: jax.Array, *, alpha: float | None, gamma: float
 ) -> jax.Array:
     labels = labels.astype(logits.dtype)
-    smaller = jnp.exp(-_smooth_abs(logits))
-    positive = jnp.where(logits >= 0, 1, smaller) / (1 + smaller)
-    negative = jnp.where(logits >= 0, smaller, 1) / (1 + smaller)
+    odds = jnp.exp(-_smooth_abs(logits))
+    likely = 1 / (1 + odds)
+    unlikely = odds * likely
+    positive = jnp.where(logits >= 0, likely, unlikely)
+    negative = jnp.where(logits >= 0, unlikely, likely)
     missed = (1 - labels) * positive + labels * negative
     # A power below 1 has no derivative at 0, and one below 2 no second derivative.
     smallest = jnp.finfo(missed.dtype).tiny

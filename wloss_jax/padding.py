@@ -61,27 +61,27 @@ def pad_ragged(
     arrays, lengths = _as_arrays(samples)
     # An empty sample has no elements, so its dtype and trailing shape say nothing.
     first = next(filter(len, arrays), arrays[0])
-    layout = (first.dtype, first.shape[1:])
+    dtype, rest = first.dtype, first.shape[1:]
     if first.dtype.kind in _NOT_NUMBERS:
         raise TypeError(f"samples must hold numbers, got {first.dtype}")
 
-    shape = (len(arrays), _padded_size(lengths, size, buckets), *first.shape[1:])
+    shape = (len(arrays), _padded_size(lengths, size, buckets), *rest)
     # Not np.full: pages that stay at zero are never touched.
     padded = np.zeros(shape, first.dtype)
     if fill := _as_fill(value, first.dtype):
         padded[...] = fill
     # A copy for each row takes half the time of one scatter from np.concatenate, and
     # checking each on the way less than a pass before: the time goes to cache misses.
-    for i, length in enumerate(lengths.tolist()):
+    rows = zip(padded, arrays, lengths.tolist(), strict=True)
+    for i, (row, array, length) in enumerate(rows):
         if length:
-            array = arrays[i]
-            if (array.dtype, array.shape[1:]) != layout:
+            if array.dtype != dtype or array.shape[1:] != rest:
                 raise ValueError(
                     "samples must share one dtype and one shape after the first axis, "
-                    f"got {layout[0]}, {layout[1]}, and in samples[{i}] {array.dtype}, "
+                    f"got {dtype}, {rest}, and in samples[{i}] {array.dtype}, "
                     f"{array.shape[1:]}"
                 )
-            padded[i, :length] = array
+            row[:length] = array
     return padded, lengths
 
 
