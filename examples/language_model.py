@@ -9,6 +9,18 @@ its own sample, and what is left of a row does not count.
 Two models, equal at first, are trained on the same batches: one by the fused loss of
 features and kernel, one by the loss of the logits. They learn the same; the table says
 what each takes. Last, held-back samples are scored, each by its own mean.
+
+Prints in some minutes on two CPU cores, with speeds that are the machine's, and losses
+that are those of its Python's sources::
+
+                                       fused       plain
+    loss of the first step           10.9755     10.9755
+    loss of the last step             4.0491      4.0491
+    tokens that count a second           ...         ...
+    temporary memory, MiB                212         851
+
+    held back, one vote a token:  4.3370
+    held back, one vote a sample: 4.2842
 """
 
 import argparse
