@@ -15,6 +15,16 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "train_two_head.py"
 REAL_DATA = Path(__file__).parents[2] / "shared" / "data" / "ribonanza_sample.csv"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """What the runs here compile is the same, and half of their time."""
+    with pytest.MonkeyPatch.context() as patch:
+        cache = tmp_path_factory.mktemp("compiled")
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        yield
+
+
 def command(*options):
     return [sys.executable, str(EXAMPLE), *map(str, options)]
 

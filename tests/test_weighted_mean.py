@@ -365,6 +365,8 @@ def test_batches_of_other_shapes_as_in_the_original_answer():
     np.testing.assert_allclose(loss, by_share, rtol=1e-5)
 
 
+# treescope's own, on NumPy 2.5.
+@pytest.mark.filterwarnings("ignore:The chararray class is deprecated")
 def test_treescope_shows_the_sums_by_name():
     treescope = pytest.importorskip("treescope")  # comes with flax
     shown = treescope.render_to_text({"loss": wl.WeightedMean(3.0, 2.0)})
