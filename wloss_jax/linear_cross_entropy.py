@@ -234,8 +234,6 @@ def _check_data(
         kernel.size > 0, True, custom_message=f"{mend} D and V must be at least 1."
     )
     labels = check_labels(labels, features.shape[:-1])
-    if labels.dtype.itemsize < 4:  # too narrow to count through the vocabulary
-        labels = labels.astype(jnp.int32)
     if bias is None:
         bias = jnp.zeros(kernel.shape[1:], jnp.float32)
     bias = check_array("bias", bias, float)
@@ -459,6 +457,7 @@ def _sweep(
     def has_more_than(size: int, carry: Any) -> Any:
         return carry[0] + size < num_valid
 
+    # A chunk of which only the type is looked at; there may be no token to take.
     first = [t.reshape(-1, *t.shape[mask.ndim :])[:1] for t in tokens]
     first = [jnp.broadcast_to(t.sum(axis=0), (chunk, *t.shape[1:])) for t in first]
     jaxpr, shapes = jax.make_jaxpr(step, return_shape=True)(*first)
@@ -665,17 +664,21 @@ def _scaled(
     gradient is more than all else: 3.2 GiB instead of 1.2 for D 4096 and V 128256.
     """
     if device.platform != "tpu" or device.num_devices > 1:
-        return [(gradient * factor).astype(gradient.dtype)]
+        return _times(gradient, factor)
 
     num_slabs = math.gcd(gradient.shape[0], 16)
     rows = gradient.shape[0] // num_slabs
 
     def scale_slab(i: jax.Array, gradient: jax.Array) -> jax.Array:
         slab = jax.lax.dynamic_slice_in_dim(gradient, i * rows, rows)
-        slab = (slab * factor).astype(gradient.dtype)
+        (slab,) = _times(slab, factor)
         return jax.lax.dynamic_update_slice_in_dim(gradient, slab, i * rows, axis=0)
 
     return [jax.lax.fori_loop(0, num_slabs, scale_slab, gradient)]
+
+
+def _times(gradient: jax.Array, factor: jax.Array) -> list[jax.Array]:
+    return [(gradient * factor).astype(gradient.dtype)]
 
 
 def _primitive(name: str, function: Callable[..., list[jax.Array]]) -> Primitive:
@@ -909,11 +912,8 @@ def _tangents_jvp(
 
 
 def _scaled_jvp(primals: Arrays, tangents: Arrays, *, options: _Options) -> Any:
-    def plain(gradient: jax.Array, factor: jax.Array) -> list[jax.Array]:
-        return [(gradient * factor).astype(gradient.dtype)]
-
     outs = _scaled_p.bind(*primals, options=options)
-    return outs, _jvp(plain, primals, tangents)
+    return outs, _jvp(_times, primals, tangents)
 
 
 def _jvp(function: Callable[..., Any], primals: Arrays, tangents: Arrays) -> Any:
@@ -987,10 +987,7 @@ def _inner_batch(arrays: Arrays, dims: Sequence[Any], **_: Any) -> Any:
 
 
 def _scaled_batch(arrays: Arrays, dims: Sequence[Any], **_: Any) -> Any:
-    def scaled(gradient: jax.Array, factor: jax.Array) -> jax.Array:
-        return (gradient * factor).astype(gradient.dtype)
-
-    return [jax.vmap(scaled, tuple(dims))(*arrays)], [0]
+    return jax.vmap(_times, tuple(dims))(*arrays), [0]
 
 
 for _p in (_losses_p, _total_p, _gradients_p, _tangents_p):
