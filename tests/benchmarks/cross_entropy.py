@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 import wloss_jax as wl
-from tests.benchmarks.timing import OURS, Case, copy_of
+from tests.benchmarks.timing import OURS, Case, copy_of, torch_and_device
 
 TITLE = "Cross-entropy from logits, value and gradient"
 
@@ -61,13 +61,10 @@ def _case(shape: tuple[int, int], dtype: str) -> Case:
 
 
 def _torch(logits, labels, dtype):
-    try:
-        import torch
-    except ImportError:
-        return "not installed"
-    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        return "without CUDA"
+    found = torch_and_device()
+    if isinstance(found, str):
+        return found
+    torch, device = found
     x = torch.from_numpy(np.array(logits.astype(jnp.float32)))
     x = x.to(device, getattr(torch, dtype)).requires_grad_()
     y = torch.from_numpy(np.array(labels)).to(device).long()

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 import wloss_jax as wl
-from tests.benchmarks.timing import OURS, Case
+from tests.benchmarks.timing import OURS, Case, torch_and_device
 
 TITLE = "Linear cross-entropy, value and both gradients"
 IGNORED = -100
@@ -80,7 +80,7 @@ def _case(tokens, features, classes, share, dtype, chunk) -> Case:
                 x, kernel, labels
             ),
             **{
-                name: _torch(name, loss, x, kernel, labels)
+                name: _torch(loss, x, kernel, labels)
                 for name, loss in TORCH_LOSSES.items()
             },
         },
@@ -166,19 +166,18 @@ TORCH_LOSSES = {
 }
 
 
-def _torch(name, make, x, kernel, labels):
+def _torch(make, x, kernel, labels):
+    found = torch_and_device()
+    if isinstance(found, str):
+        return found
+    torch, device = found
     try:
-        import torch
-
         loss_of = make()
     except (ImportError, AttributeError):
         return "not installed"
-    on_gpu = jax.default_backend() == "gpu"
-    if on_gpu and not torch.cuda.is_available():
-        return "without CUDA"
-    if not on_gpu and make not in (_torch_eager, _torch_chunked):
+    if device == "cpu" and make not in (_torch_eager, _torch_chunked):
         return "for GPUs"
-    device, dtype = ("cuda" if on_gpu else "cpu"), getattr(torch, str(x.dtype))
+    dtype = getattr(torch, str(x.dtype))
     features, weight = (
         torch.from_numpy(np.array(array.astype(jnp.float32))).to(device, dtype)
         for array in (x, kernel)
@@ -191,7 +190,7 @@ def _torch(name, make, x, kernel, labels):
         features.grad = weight.grad = None
         loss = loss_of(features, weight, targets)
         loss.backward()
-        if on_gpu:
+        if device == "cuda":
             torch.cuda.synchronize()
         return loss.item(), features.grad, weight.grad
 

@@ -15,7 +15,6 @@ from tests.benchmarks.timing import OURS
 HERE = Path(__file__).parent
 PICTURE = HERE.parents[1] / "examples" / "pictures" / "linear_cross_entropy.svg"
 SIZES = "32768, 4096, 128256, bfloat16"
-LIMIT = "three products of the tokens that count"
 NAMES = {
     OURS: OURS,
     "naive": "logits, then the loss",

@@ -46,6 +46,17 @@ class Counted:
     limit: float | None = None
 
 
+def torch_and_device() -> tuple[Any, str] | str:
+    """PyTorch and where it runs, which is where JAX does, or why it is absent."""
+    try:
+        import torch
+    except ImportError:
+        return "not installed"
+    if jax.default_backend() != "gpu":
+        return torch, "cpu"
+    return (torch, "cuda") if torch.cuda.is_available() else "without CUDA"
+
+
 def keep_memory(keep: bool = True) -> bool:
     """Makes glibc keep freed memory, or again not; says whether it could.
 

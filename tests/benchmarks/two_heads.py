@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import wloss_jax as wl
-from tests.benchmarks.timing import OURS, Case, copy_of
+from tests.benchmarks.timing import OURS, Case, copy_of, torch_and_device
 
 TITLE = "Two-head masked losses, value and gradient"
 MISSING = -1
@@ -220,13 +220,10 @@ def numpy_loop(loss, batch):
 
 
 def _torch(loss, batch, heads, mean):
-    try:
-        import torch
-    except ImportError:
-        return "not installed"
-    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        return "without CUDA"
+    found = torch_and_device()
+    if isinstance(found, str):
+        return found
+    torch, device = found
     tensors = [torch.from_numpy(array).to(device) for array in batch]
     tensors[3] = tensors[3].long()
     loss_fn = getattr(torch.nn.functional, loss.torch)
