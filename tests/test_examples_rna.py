@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
-import rna  # noqa: E402
+import rna  # noqa: E402 (found only with the line above)
 
 SAMPLE = ROOT.parent / "shared" / "data" / "ribonanza_sample.csv"
 

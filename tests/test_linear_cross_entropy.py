@@ -605,6 +605,10 @@ def grid():
     return Mesh(np.array(jax.devices()[:8]).reshape(2, 4), ("data", "vocab"))
 
 
+def put_on(mesh, x, spec):
+    return jax.device_put(x, NamedSharding(mesh, spec))
+
+
 SHARDINGS = {
     "tokens": (line, P("data"), P()),
     "tokens on some": (grid, P("data"), P()),
@@ -618,7 +622,7 @@ SHARDINGS = {
 def test_sharded_tokens_stay_where_they_are(name):
     mesh, rows, of_kernel = SHARDINGS[name]
     params, batch = model()
-    put = lambda x, spec: jax.device_put(x, NamedSharding(mesh(), spec))  # noqa: E731
+    put = functools.partial(put_on, mesh())
     params = {
         "inner": put(params["inner"], P()),
         "kernel": put(params["kernel"], of_kernel),
@@ -749,7 +753,7 @@ def test_sharded_vocabulary_has_no_second_derivative():
 def test_explicit_sharding():
     mesh = jax.make_mesh((2, 4), ("data", "vocab"), axis_types=(AxisType.Explicit,) * 2)
     params, batch = model()
-    put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))  # noqa: E731
+    put = functools.partial(put_on, mesh)
     for of_kernel in (P(), P(None, "vocab"), P("vocab")):
         spread = {
             "inner": put(params["inner"], P()),
