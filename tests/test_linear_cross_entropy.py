@@ -94,7 +94,8 @@ def plain_mean_of(arrays, segments=None, **keywords):
     keywords.pop("chunk_size", None)
 
     def mean(features, kernel, bias):
-        logits = features @ kernel + bias
+        logits = features @ kernel
+        logits += jnp.broadcast_to(bias, logits.shape)
         if softcap:
             logits = softcap * jnp.tanh(logits / softcap)
         return wl.softmax_cross_entropy_with_integer_labels(
@@ -548,6 +549,28 @@ def test_without_jit():
     with jax.disable_jit():
         outcome = jax.value_and_grad(mean, (0, 1, 2))(*parts_of(arrays))
     assert_close(outcome, gradients(mean)(*parts_of(arrays)))
+
+
+def test_constants_may_be_numpys_outside_of_a_jit():
+    """jax 0.10 hands them to a primitive as they are."""
+    arrays = data()
+    ids = arrays["labels"] % 2
+
+    def mean(features):
+        return mean_of(arrays, where=arrays["where"])(
+            features, arrays["kernel"], arrays["bias"]
+        )
+
+    def sum_of_means(features):
+        return wl.linear_softmax_cross_entropy(
+            features, arrays["kernel"], arrays["labels"], segment_ids=ids,
+            num_segments=2,
+        ).compute().sum()  # fmt: skip
+
+    for function in (mean, sum_of_means):
+        expected = jax.jit(jax.grad(function))(arrays["features"])
+        for eager in (jax.grad(function), jax.grad(jax.checkpoint(function))):
+            assert_close(eager(arrays["features"]), expected)
 
 
 def test_precision_of_products_is_the_callers():

@@ -730,6 +730,16 @@ def test_ignore_index_is_where_the_label_is_another(ignore_index):
     assert jnp.isnan(other.compute())
 
 
+def test_the_finder_of_nan_finds_none_in_ignored_labels():
+    """Outside of a jit a gradient is looked at operation by operation."""
+    logits, labels = jnp.ones((2, 3)), jnp.array([1, -100])
+    with jax.debug_nans(True):
+        gradient = jax.grad(
+            lambda x: cross_entropy(x, labels, ignore_index=-100).compute()
+        )(logits)
+    np.testing.assert_allclose(gradient[0], [1 / 3, -2 / 3, 1 / 3], rtol=1e-6)
+
+
 def test_class_weights_are_in_the_denominator():
     """PyTorch's convention; smoothing and z-loss are weighted with their element."""
     logits = np.random.default_rng(1).normal(size=(4, 3)).astype(np.float32)
@@ -754,6 +764,16 @@ def test_class_weights_are_multiplied_in_float32():
         jnp.zeros((1, 3)), np.array([0]), class_weights=many, weights=many[:1]
     )
     assert m.weight == 90000
+
+
+def test_class_weights_are_multiplied_in_the_precision_of_the_logits():
+    """Of 1 + 2**-23 and itself the product is no float32."""
+    odd = np.full(3, 1 + 2**-23, np.float32)
+    with jax.enable_x64(True):
+        m = cross_entropy(
+            np.zeros((1, 3)), np.array([0]), class_weights=odd, weights=odd[:1]
+        )
+    assert float(m.weight) == (1 + 2**-23) ** 2
 
 
 def test_no_gradient_through_class_weights():
@@ -822,6 +842,12 @@ def test_per_sample_takes_arrays_by_name_and_packed_rows():
     )
     assert m.total.tolist() == [[0, 3], [9, 0]]
     assert m.weight.tolist() == [[1, 2], [2, 0]]
+
+
+def test_per_sample_shares_the_options_of_a_users_loss():
+    scaled = wl.masked(lambda x, y, scale=1.0: scale * (x - y))
+    m = wl.per_sample(scaled)(np.ones((2, 3), "f"), np.zeros((2, 3), "f"), scale=2.0)
+    assert m.compute().tolist() == [2, 2]
 
 
 # ------------------------------------------------------------- masked, of user's losses

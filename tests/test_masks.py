@@ -74,6 +74,8 @@ def test_observed_mask_marks_nan_by_default():
         (np.uint8, [0, 255, 5], -1, [True, True, True]),
         (np.uint8, [0, 255, 5], 255, [True, False, True]),
         (np.int8, [44, 0, 1], 300, [True, True, True]),
+        (np.uint32, [0, 2**32 - 1, 5], -1, [True, True, True]),
+        (np.int32, [0, 5], 2**40, [True, True]),
         # float32 cannot tell these apart: targets are compared as integers.
         (np.int32, [2**24, 2**24 + 1, 0], 2**24, [False, True, True]),
         (np.bool_, [True, False, True], 0, [True, False, True]),
@@ -172,3 +174,17 @@ def test_zero_size_axes_are_empty(keyword):
     m = wl.absolute_error(np.zeros((2, 0), np.float32), np.zeros((2, 0)), **given)
     assert m.merge().compute() == 0
     assert m.merge().weight == 0
+
+
+def test_a_sentinel_past_the_end_of_a_dtype_is_an_error():
+    """It would have stood for infinity."""
+    with pytest.raises(AssertionError, match=r"`missing` is 1000000\.0, which float16"):
+        wl.observed_mask(np.ones(1, np.float16), missing=1e6)
+
+
+@pytest.mark.parametrize("length", [2**32 - 1, 2**31])
+def test_lengths_that_no_int32_holds_mark_all(length):
+    assert wl.length_mask(np.uint32(length), 3).tolist() == [True] * 3
+    with jax.enable_x64(True):
+        assert wl.length_mask(np.int64(2**32 + 1), 3).tolist() == [True] * 3
+        assert wl.length_mask(np.int64(-(2**32) + 1), 3).tolist() == [False] * 3

@@ -55,6 +55,14 @@ def test_smallest_bucket_that_holds_the_longest_sample_in_any_order():
         assert wl.pad_ragged(samples, buckets=[8, 4, 16])[0].shape == (2, size)
 
 
+def test_a_value_past_the_end_of_a_dtype_is_an_error():
+    """It would have been infinity."""
+    with pytest.raises(ValueError, match="a number that float16 holds, got 1000000"):
+        wl.pad_ragged([np.ones(1, np.float16)], size=2, value=1e6)
+    padded, _ = wl.pad_ragged([np.ones(1, np.float16)], size=2, value=np.inf)
+    assert padded[0, 1] == np.inf
+
+
 def test_nan_as_value_where_the_dtype_holds_it():
     padded, _ = wl.pad_ragged([np.ones(1), np.ones(2)], value=np.nan)
     np.testing.assert_array_equal(padded, [[1, np.nan], [1, 1]])

@@ -171,6 +171,14 @@ def test_an_empty_entry_stays_empty_whatever_the_scheme_says(scheme):
     assert gradient[0] == 0.5
 
 
+@pytest.mark.parametrize("scale", [1e-20, 1e20])
+def test_a_scheme_may_turn_small_weights_to_large_ones(scale):
+    """Of the one over the other there is no float32."""
+    m = wl.WeightedMean(jnp.array([3.0 * scale, 4.0]), jnp.array([scale, 2.0]))
+    # Two quotients and a product, rounded.
+    np.testing.assert_allclose(m.reweight(wl.size_power(-1.0)).compute(), [3, 2], 3e-7)
+
+
 def test_no_gradient_through_a_scheme():
     def total(total):
         m = wl.WeightedMean(total, jnp.float32([2, 4]))

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from wloss_jax.masks import check_array
+from wloss_jax.masks import check_array, is_count
 from wloss_jax.weighted_mean import WeightedMean, jit_compiled
 
 
@@ -113,7 +113,7 @@ def multi_steps(
       -3.0
     """
     chex.assert_equal(
-        callable(every_k) or (isinstance(every_k, int | np.integer) and every_k >= 1),
+        callable(every_k) or is_count(every_k, at_least=1),
         True,
         custom_message=f"`every_k` is {every_k!r}: pass a positive integer, or a "
         "function from the number of optimizer steps taken to one.",
@@ -143,6 +143,8 @@ def multi_steps(
         **extra: Any,
     ) -> tuple[Any, MultiStepsState]:
         scalar = _check_weight(weight)
+        _check_state(state)
+        grads = _check_gradients(grads, state.acc_grads)
 
         def add(total: jax.Array, grad: jax.Array) -> jax.Array:
             term = scalar.astype(total.dtype) * grad.astype(total.dtype)
@@ -154,11 +156,12 @@ def multi_steps(
             acc_weight=state.acc_weight + scalar.astype(state.acc_weight.dtype),
         )
         k = every_k(state.gradient_step) if callable(every_k) else every_k
-        return step_if(state.mini_step >= k, state, params, extra)
+        return step_if(state.mini_step >= _check_k(k), state, params, extra)
 
     def flush(
         state: MultiStepsState, params: Any = None, **extra: Any
     ) -> tuple[Any, MultiStepsState]:
+        _check_state(state)
         state = state._replace(mini_step=jnp.zeros_like(state.mini_step))
         return step_if(state.acc_weight != 0, state, params, extra)
 
@@ -209,6 +212,42 @@ def multi_steps(
 
 def _zeros_to_sum(param: ArrayLike) -> jax.Array:
     return jnp.zeros_like(param, dtype=jnp.result_type(param, jnp.float32))
+
+
+def _check_state(state: object) -> None:
+    chex.assert_equal(
+        isinstance(state, MultiStepsState),
+        True,
+        custom_message="`state` must be what `init` or the last `update` of this very "
+        f"transform returned; got {type(state).__name__}.",
+    )
+
+
+def _check_gradients(grads: Any, sums: Any) -> Any:
+    """Takes ``grads`` of the structure and the shapes that the parameters had."""
+    expected, got = _shapes(sums), _shapes(grads)
+    chex.assert_equal(
+        got == expected,
+        True,
+        custom_message="`grads` must have the structure and the shapes of the "
+        f"parameters given to `init`, {expected}; got {got}.",
+    )
+    return jax.tree.map(jnp.asarray, grads)
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in leaves}
+
+
+def _check_k(k: ArrayLike) -> jax.Array:
+    k = check_array("every_k(...)", k, int)
+    chex.assert_shape(
+        k,
+        (),
+        custom_message=f"`every_k` returned shape {k.shape}: one integer is expected.",
+    )
+    return k
 
 
 def _check_weight(weight: ArrayLike | None) -> jax.Array:

@@ -20,10 +20,18 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from wloss_jax.masks import (
+    check_array,
+    check_count,
+    check_flag,
+    check_function,
+    is_integer,
+)
 from wloss_jax.weighted_mean import (
     AxisName,
     WeightedMean,
     axis_names,
+    check_mapped,
     jit_compiled,
     psum,
     vary,
@@ -109,7 +117,9 @@ def value_and_grad(
       (WeightedMean(mean=3.0, weight=4.0), Array(6., dtype=float32))
       (WeightedMean(mean=3.0, weight=4.0), Array(6., dtype=float32))
     """
-    single = isinstance(argnums, int)
+    check_function("loss_fn", loss_fn)
+    check_flag("has_aux", has_aux)
+    single = not isinstance(argnums, tuple | list)
     diff_nums = argument_numbers("argnums", argnums)
     batch_nums = argument_numbers("batch_argnums", batch_argnums)
     names = parameter_names(loss_fn)
@@ -164,8 +174,8 @@ def accumulate(
       coefficients: the factors of the terms.
     """
     axes = () if axis_name is None else axis_name
-    _check_mapped(axes)
-    params = jax.tree.map(jnp.asarray, params)
+    check_mapped("axis_name", axes)
+    params = jax.tree_util.tree_map_with_path(_check_param, params)
     # Parameters that vary, so that the gradient of each device comes out, to be added
     # up once, last; parameters that do not would have it added up in each microbatch.
     varying = jax.tree.map(lambda x: vary(x, axes), params)
@@ -233,6 +243,10 @@ def accumulate(
         lambda x: x.psum(axes) if _is_mean(x) else x, aux, is_leaf=_is_mean
     )
     return value, aux, grads, state
+
+
+def _check_param(path: tuple[Any, ...], param: ArrayLike) -> jax.Array:
+    return check_array(f"argnums{jax.tree_util.keystr(path)}", param, float)
 
 
 def _accumulator(param: jax.Array) -> jax.Array:
@@ -340,7 +354,7 @@ def _weights(value: Any) -> Any:
 
 
 def _check_value(value: Any) -> None:
-    means = list(value.values()) if isinstance(value, dict) else [value]
+    means = list(value.values()) if type(value) is dict else [value]
     chex.assert_equal(
         bool(means) and all(map(_is_mean, means)),
         True,
@@ -374,20 +388,28 @@ def _coefficients(value: Any, coefficients: Mapping[str, ArrayLike] | None) -> A
     )
     if not isinstance(value, dict):
         return 1.0
-    factors = {name: jnp.asarray(named.get(name, 1.0)) for name in terms}
-    return jax.tree.map(jax.lax.stop_gradient, factors)
+    for name, factor in named.items():
+        array = check_array(f"coefficients[{name!r}]", factor)
+        chex.assert_shape(
+            array,
+            (),
+            custom_message=f"`coefficients[{name!r}]` has shape {array.shape}: a term "
+            "has one factor.",
+        )
+    factors = [jnp.asarray(named.get(name, 1.0)) for name in terms]
+    return dict(zip(terms, map(jax.lax.stop_gradient, factors), strict=True))
 
 
 def argument_numbers(option: str, numbers: int | Sequence[int]) -> tuple[int, ...]:
     """The numbers in an ``option``, which may be one or a sequence of them."""
     found = numbers if isinstance(numbers, tuple | list) else (numbers,)
     chex.assert_equal(
-        all(type(number) is int for number in found),
+        all(map(is_integer, found)),
         True,
         custom_message=f"`{option}` must be the number of an argument or a tuple of "
         f"them; got {numbers!r}.",
     )
-    return tuple(found)
+    return tuple(map(int, found))
 
 
 def split_aux(result: Any, has_aux: bool) -> tuple[Any, Any]:
@@ -411,12 +433,7 @@ def choose_arguments(
     num_microbatches: int,
 ) -> tuple[dict[int, Any], dict[int, Any]]:
     """The arguments to differentiate and those to cut into microbatches, by number."""
-    chex.assert_equal(
-        isinstance(num_microbatches, int) and num_microbatches >= 1,
-        True,
-        custom_message=f"`num_microbatches` is {num_microbatches!r}: pass a positive "
-        "integer.",
-    )
+    check_count("num_microbatches", num_microbatches, at_least=1)
     if num_microbatches == 1:
         batch_argnums = ()  # left as it is, and so free to be differentiated too
     for option, numbers in (("argnums", argnums), ("batch_argnums", batch_argnums)):
@@ -444,18 +461,6 @@ def parameter_names(loss_fn: Callable[..., Any]) -> list[str]:
 
 
 def last_name(path: tuple[Any, ...]) -> str:
-    """The name of a leaf: the last key or attribute on its path that is a name."""
+    """The name of a leaf: the last key or attribute on its path, if that is a name."""
     key = path[-1]
     return str(getattr(key, "key", getattr(key, "name", None)))
-
-
-def _check_mapped(axes: AxisName) -> None:
-    for name in axis_names(axes):
-        try:
-            jax.lax.axis_size(name)
-        except NameError as error:
-            raise NameError(
-                f"`axis_name` {name!r} is not mapped here: call the function inside "
-                "`jax.shard_map` or `jax.pmap` over that axis, or leave `axis_name` "
-                "out under plain `jax.jit`, where sharded arrays need none."
-            ) from error

@@ -36,7 +36,13 @@ from jax.typing import ArrayLike
 
 from wloss_jax.losses import check_labels, counted_labels, nan_unless_class
 from wloss_jax.masks import check_array, check_number, expand_leading, valid_mask
-from wloss_jax.weighted_mean import WeightedMean, jit_compiled, vary, weighted_mean
+from wloss_jax.weighted_mean import (
+    WeightedMean,
+    check_mapped,
+    jit_compiled,
+    vary,
+    weighted_mean,
+)
 
 Arrays = Sequence[Any]
 
@@ -113,7 +119,8 @@ def linear_softmax_cross_entropy(
       features: floating ``[..., D]``: bfloat16, float32, ....
       kernel: floating ``[D, V]``, of any dtype; cast to that of ``features``.
       labels: integer ``[...]``.
-      bias: floating ``[V]``; -infinity takes a class out.
+      bias: floating ``[V]``; -infinity takes a class out, unless a ``softcap`` bounds
+        it.
       where: bool; this and the next four are as in `weighted_mean`, for losses
         ``[...]``.
       lengths: integer.
@@ -270,6 +277,7 @@ def _check_options(
         custom_message="`vocab_axis_name` must be the name of one mapped axis, or None "
         f"for a vocabulary that is not sharded; got {vocab_axis_name!r}.",
     )
+    check_mapped("vocab_axis_name", vocab_axis_name or ())
 
 
 class _Device(NamedTuple):
@@ -686,8 +694,10 @@ def _primitive(name: str, function: Callable[..., list[jax.Array]]) -> Primitive
     primitive = Primitive(f"linear_cross_entropy_{name}")
     primitive.multiple_results = True
 
-    def run(*arrays: jax.Array, **params: Any) -> list[jax.Array]:
-        return function(*arrays, device=_Device(jax.default_backend()), **params)
+    def run(*arrays: ArrayLike, **params: Any) -> list[jax.Array]:
+        # Outside of a jit, constants may come as NumPy's arrays.
+        device = _Device(jax.default_backend())
+        return function(*map(jnp.asarray, arrays), device=device, **params)
 
     def infer(*avals: Any, **params: Any) -> Any:
         on_device = functools.partial(function, device=_Device("cpu"), **params)

@@ -42,11 +42,13 @@ from wloss_jax.masks import (
     check_axis,
     check_count,
     check_flag,
+    check_function,
     check_label,
     check_number,
     describe,
     expand_leading,
     freeze,
+    is_label,
     make_safe,
     valid_mask,
 )
@@ -102,6 +104,7 @@ def masked(
       >>> relative_error(x, y, where=y > 0)
       WeightedMean(mean=0.5, weight=2.0)
     """
+    check_function("loss_fn", loss_fn)
     check_count("event_ndim", event_ndim)
     return _masked(loss_fn, event_ndim, of_user=True, hides_nan=True)
 
@@ -179,6 +182,7 @@ def per_sample(loss: Callable[..., WeightedMean]) -> Callable[..., WeightedMean]
       >>> wl.per_sample(wl.absolute_error)(x, jnp.zeros((2, 3)), lengths=lengths)
       WeightedMean(mean=[2. 5.], weight=[3. 1.])
     """
+    check_function("loss", loss)
     names = _array_names(loss)
 
     @functools.wraps(loss)
@@ -214,12 +218,17 @@ _UNMAPPED = ("kernel", "bias", "class_weights")
 
 
 def _array_names(loss: Callable[..., Any]) -> list[str]:
-    """The names of the positional parameters: the arrays."""
+    """The names of the positional parameters: the arrays.
+
+    One with a default is an option of the user's, unless the default is None, as that
+    of the targets is in optax.
+    """
     return [
         name
         for name, parameter in inspect.signature(loss).parameters.items()
         if parameter.kind
         in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+        if parameter.default is parameter.empty or parameter.default is None
     ]
 
 
@@ -977,7 +986,7 @@ def softmax_cross_entropy_with_integer_labels(
         )
     if class_weights is not None:
         reduction["weights"] = own_class_weights(
-            labels, class_weights, logits.shape[-1], reduction.get("weights")
+            logits, labels, class_weights, reduction.get("weights")
         )
     return _masked(_integer_cross_entropy, event_ndim=1)(
         logits,
@@ -1014,7 +1023,8 @@ def _score_of_label(scores: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def _gather_label(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    return jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    # Of a label out of range any score will do: it is masked, or the loss is made NaN.
+    return jnp.take_along_axis(logits, labels[..., None], axis=-1, mode="clip")[..., 0]
 
 
 def _compare_label(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -1206,7 +1216,7 @@ def counted_labels(
 ) -> jax.Array:
     """Folds ``ignore_index`` into ``where``."""
     check_label("ignore_index", ignore_index)
-    counts = labels != ignore_index
+    counts = ~is_label(labels, ignore_index)
     if where is None:
         return counts
     where = check_array("where", where, bool)
@@ -1214,19 +1224,21 @@ def counted_labels(
 
 
 def own_class_weights(
+    logits: jax.Array,
     labels: jax.Array,
     class_weights: ArrayLike,
-    num_classes: int,
     weights: ArrayLike | None,
 ) -> jax.Array:
     """Folds the weight of each element's own class into ``weights``."""
     class_weights = check_array("class_weights", class_weights, float)
     chex.assert_shape(
         class_weights,
-        (num_classes,),
+        logits.shape[-1:],
         custom_message="`class_weights` must have one weight for each class.",
     )
-    own = _at_least_float32(class_weights).at[labels].get(mode="clip")
+    # A product of two weights is as precise as the sum that it goes into.
+    dtype = jnp.result_type(class_weights, logits, jnp.float32)
+    own = class_weights.astype(dtype).at[labels].get(mode="clip")
     if weights is None:
         return own
     weights = check_array("weights", weights, float)
@@ -1485,6 +1497,12 @@ def ctc_loss(
         custom_message="`logits` needs an axis for the frames and one for the classes.",
     )
     *batch_axes, frame_count, num_classes = arrays["logits"].shape
+    chex.assert_equal(
+        frame_count > 0,
+        True,
+        custom_message=f"`logits` of shape {arrays['logits'].shape} has no frames: pad "
+        "to at least one.",
+    )
     check_number("log_epsilon", log_epsilon, high=0)
     check_count("blank_id", blank_id)
     chex.assert_equal(
@@ -1504,6 +1522,9 @@ def ctc_loss(
             custom_message=f"`{name}` does not fit logits of shape "
             f"{arrays['logits'].shape}.",
         )
+    if not all(length):  # optax wants a label, which may be padding
+        arrays["labels"] = jnp.zeros((*batch, 1), jnp.int32)
+        arrays["label_paddings"] = jnp.ones((*batch, 1), jnp.int32)
     mask = valid_mask(batch, **_without_weights(reduction))
     if mask is not None:
         arrays = {name: make_safe(array, mask) for name, array in arrays.items()}

@@ -60,7 +60,9 @@ def length_mask(lengths: ArrayLike, size: int) -> jax.Array:
     arange = np.arange if size <= _LARGEST_TABLE else jnp.arange
     positions = arange(1, size + 1, dtype=np.int32)
     positions = jnp.broadcast_to(positions, (*lengths.shape, size))
-    return positions <= lengths.astype(jnp.int32)[..., None]
+    if lengths.dtype != jnp.int32:
+        lengths = jnp.clip(lengths, 0, size).astype(jnp.int32)
+    return positions <= lengths[..., None]
 
 
 _LARGEST_TABLE = 2**16  # entries; it is part of the compiled program
@@ -98,6 +100,12 @@ def observed_mask(targets: ArrayLike, missing: float = math.nan) -> jax.Array:
     if jnp.issubdtype(targets.dtype, jnp.floating):
         if math.isnan(missing):
             return ~jnp.isnan(targets)
+        chex.assert_equal(
+            math.isinf(missing) or abs(missing) <= float(jnp.finfo(targets.dtype).max),
+            True,
+            custom_message=f"`missing` is {missing}, which {describe(targets)} "
+            "`targets` cannot hold: it would stand for infinity.",
+        )
         return targets != jnp.asarray(missing, targets.dtype)
     chex.assert_equal(
         float(missing).is_integer(),
@@ -105,7 +113,7 @@ def observed_mask(targets: ArrayLike, missing: float = math.nan) -> jax.Array:
         custom_message=f"`missing` is {missing}, which {describe(targets)} `targets` "
         "cannot hold: pass the integer sentinel, such as `missing=-1`.",
     )
-    return _widen(targets) != int(missing)
+    return ~is_label(_widen(targets), int(missing))
 
 
 def valid_mask(
@@ -162,8 +170,11 @@ def freeze(array: jax.Array, mask: jax.Array) -> jax.Array:
 
     Their gradient is exactly 0, even where NaN comes back to them. ``array`` may have
     event axes after those of ``mask``. Costs nothing before the backward pass: XLA
-    knows that either choice is the array itself.
+    knows that either choice is the array itself. Integers, labels of -100 say, become
+    0: a loss may make NaN of one, which `jax_debug_nans` finds if there is no jit.
     """
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        return make_safe(array, mask)
     mask = mask.reshape(mask.shape + (1,) * (array.ndim - mask.ndim))
     return jnp.where(mask, array, jax.lax.stop_gradient(array))
 
@@ -223,14 +234,32 @@ def check_array(name: str, value: object, kind: type | None = None) -> jax.Array
     return _widen(array) if kind is int else array
 
 
-def check_count(name: str, value: object) -> None:
-    """Takes a size: a Python integer, for shapes are static, of at least 0."""
+def is_integer(value: object) -> bool:
+    """Whether ``value`` is an integer of Python's or NumPy's, and no switch."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def is_count(value: object, at_least: int = 0) -> bool:
+    """Whether ``value`` is an integer that something can be counted by."""
+    return is_integer(value) and at_least <= cast(int, value) < 2**31
+
+
+def check_count(name: str, value: object, at_least: int = 0) -> None:
+    """Takes a size: a Python integer, for shapes are static."""
     chex.assert_equal(
-        isinstance(value, int | np.integer)
-        and not isinstance(value, bool)
-        and value >= 0,
+        is_count(value, at_least),
         True,
-        custom_message=f"`{name}` must be a Python integer of at least 0; got {value}.",
+        custom_message=f"`{name}` must be a Python integer of at least {at_least}, "
+        f"below 2**31; got {value!r}.",
+    )
+
+
+def check_function(name: str, value: object) -> None:
+    """Takes what can be called."""
+    chex.assert_equal(
+        callable(value),
+        True,
+        custom_message=f"`{name}` must be a function (callable); got {value!r}.",
     )
 
 
@@ -266,7 +295,7 @@ def check_flag(name: str, value: object) -> None:
 def check_label(name: str, value: object) -> None:
     """Takes a label that stands for something: a Python integer."""
     chex.assert_equal(
-        isinstance(value, int | np.integer) and not isinstance(value, bool),
+        is_integer(value),
         True,
         custom_message=f"`{name}` must be a Python integer; got {value!r}.",
     )
@@ -276,11 +305,7 @@ def check_axis(name: str, value: object) -> None:
     """Takes an axis, a tuple of them, or None."""
     axes = value if isinstance(value, tuple) else (value,)
     chex.assert_equal(
-        value is None
-        or all(
-            isinstance(axis, int | np.integer) and not isinstance(axis, bool)
-            for axis in axes
-        ),
+        value is None or all(map(is_integer, axes)),
         True,
         custom_message=f"`{name}` must be an integer or a tuple of them; got "
         f"{value!r}.",
@@ -294,8 +319,19 @@ def _is_numeric(value: object) -> bool:
     return isinstance(value, bool | int | float)
 
 
+def is_label(labels: jax.Array, label: int) -> jax.Array:
+    """Marks the ``labels`` that are ``label``, which their dtype may not hold.
+
+    `jnp.equal` would wrap it: for a uint32, -1 is 4294967295.
+    """
+    info = jnp.iinfo(labels.dtype)
+    if info.min <= label <= info.max:
+        return labels == label
+    return jnp.zeros_like(labels, bool)
+
+
 def _widen(integers: jax.Array) -> jax.Array:
-    """Widens to 32 bits: compared with an int8, 300 is 44; with a uint8, -1 is 255."""
+    """Widens to 32 bits: compared with an int8, 300 is 44."""
     narrow = integers.dtype.itemsize < 4
     return integers.astype(jnp.int32) if narrow else integers
 

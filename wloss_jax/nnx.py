@@ -22,6 +22,7 @@ from wloss_jax.gradients import (
     parameter_names,
     split_aux,
 )
+from wloss_jax.masks import check_flag, check_function
 from wloss_jax.weighted_mean import AxisName, WeightedMean
 
 Argnum = int | nnx.DiffState
@@ -103,7 +104,9 @@ def value_and_grad(
       >>> print(means[0].weight, means[-1].compute() < 1e-3 * means[0].compute())
       4.0 True
     """
-    single = isinstance(argnums, int | nnx.DiffState)
+    check_function("loss_fn", loss_fn)
+    check_flag("has_aux", has_aux)
+    single = not isinstance(argnums, tuple | list)
     wanted: Any = argnums if isinstance(argnums, tuple | list) else (argnums,)
     selects = dict(map(_number_and_predicate, wanted))
     batch_nums = argument_numbers("batch_argnums", batch_argnums)
@@ -246,8 +249,8 @@ class WeightedMeanMetric(nnx.Metric):
 def _number_and_predicate(argnum: Argnum) -> tuple[int, Callable[..., bool]]:
     if isinstance(argnum, nnx.DiffState):
         return argnum.argnum, nnx.All(argnum.filter)
-    argument_numbers("argnums", argnum)
-    return argnum, nnx.All(nnx.Param)
+    (number,) = argument_numbers("argnums", argnum)
+    return number, nnx.All(nnx.Param)
 
 
 def _has_variables(tree: Any) -> bool:

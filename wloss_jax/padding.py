@@ -233,10 +233,12 @@ def _as_fill(value: complex, dtype: np.dtype[Any]) -> NDArray[Any]:
     if np.asarray(value).dtype.kind in _NOT_NUMBERS or np.ndim(value):
         raise TypeError(f"value must be one number, got {value!r}")
     try:
-        fill = np.array(value, dtype)
+        with np.errstate(over="ignore"):
+            fill = np.array(value, dtype)
     except (OverflowError, TypeError, ValueError):
         fill = None
-    if fill is None or (dtype.kind in "biu" and fill != value):
+    is_rounded = fill is not None and (dtype.kind in "biu" or np.isinf(fill))
+    if fill is None or (is_rounded and fill.item() != value):
         raise ValueError(f"value must be a number that {dtype} holds, got {value!r}")
     return fill
 
@@ -246,7 +248,9 @@ def _as_size(name: str, value: SupportsIndex, *, minimum: int) -> int:
     try:
         size = operator.index(value)
     except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+        size = None
+    if size is None or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
     if size < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {size}")
     return size

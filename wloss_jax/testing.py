@@ -31,8 +31,11 @@ from wloss_jax.gradients import last_name, value_and_grad
 from wloss_jax.masks import (
     check_array,
     check_count,
+    check_function,
     check_label,
+    check_number,
     expand_leading,
+    is_label,
     valid_mask,
 )
 from wloss_jax.weighted_mean import WeightedMean
@@ -353,13 +356,14 @@ def assert_valid_batch(
             bad |= labels >= num_classes
         if ignore_index is not None:
             check_label("ignore_index", ignore_index)
-            bad &= labels != ignore_index
+            bad &= ~is_label(labels, ignore_index)
         _check_values(
             "labels",
             labels,
             _counted(bad, lengths),
             "out of range",
-            f"There are {num_classes or 'no negative'} classes, from 0; a label that "
+            f"There are {'no negative' if num_classes is None else num_classes} "
+            "classes, from 0; a label that "
             "marks padding is said by `ignore_index`, or covered by `lengths`.",
         )
     if weights is not None:
@@ -411,6 +415,11 @@ class _Loss:
     def __init__(
         self, loss_fn: LossFn, params: PyTree, batch: PyTree, rtol: float | None
     ):
+        check_function("loss_fn", loss_fn)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+            check_array(f"params{jax.tree_util.keystr(path)}", leaf, float)
+        if rtol is not None:
+            check_number("rtol", rtol, low=0)
         shape = jax.eval_shape(loss_fn, params, batch)
         terms = list(shape.values()) if isinstance(shape, dict) else [shape]
         are_means = [isinstance(term, WeightedMean) for term in terms]
@@ -491,7 +500,8 @@ def _largest(array: Any) -> float:
 
 
 def _is_scalar(term: Any) -> bool:
-    return term.shape == () and jnp.issubdtype(term.dtype, jnp.floating)
+    is_array = isinstance(term, jax.ShapeDtypeStruct)
+    return is_array and term.shape == () and jnp.issubdtype(term.dtype, jnp.floating)
 
 
 def _splits(

@@ -19,7 +19,13 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from wloss_jax.masks import check_array, check_axis, expand_leading, valid_mask
+from wloss_jax.masks import (
+    check_array,
+    check_axis,
+    check_function,
+    expand_leading,
+    valid_mask,
+)
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _Tree = TypeVar("_Tree")
@@ -194,6 +200,7 @@ class WeightedMean:
           >>> per_sample.reweight(wl.size_power(0.0)).merge()
           WeightedMean(mean=1.5, weight=2.0)
         """
+        check_function("fn", fn)
         size = jax.lax.stop_gradient(self.weight)
         is_empty = size == 0
         # An empty entry goes through `fn` as one of size 1, so that no scheme has to
@@ -208,7 +215,8 @@ class WeightedMean:
             f"{size.shape}, not {weight.shape}.",
         )
         weight = jnp.where(is_empty, 0, jax.lax.stop_gradient(weight))
-        return WeightedMean(self.total * (weight / safe_size), weight)
+        # In this order: of one weight over another there may be no float32.
+        return WeightedMean(self.total / safe_size * weight, weight)
 
     def __repr__(self) -> str:
         try:
@@ -241,8 +249,22 @@ def axis_names(axis_name: AxisName) -> tuple[str, ...]:
     return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
 
 
+def check_mapped(option: str, axis_name: AxisName) -> None:
+    """Takes the axes in an ``option`` that are mapped where this is called."""
+    for name in axis_names(axis_name):
+        try:
+            jax.lax.axis_size(name)
+        except NameError as error:
+            raise NameError(
+                f"`{option}` {name!r} is not mapped here: call the function inside "
+                f"`jax.shard_map` or `jax.pmap` over that axis, or leave `{option}` "
+                "out under plain `jax.jit`, where sharded arrays need none."
+            ) from error
+
+
 def psum(tree: _Tree, axis_name: AxisName) -> _Tree:
     """`jax.lax.psum` of arrays, whether or not they differ between the devices."""
+    check_mapped("axis_name", axis_name)
     if not axis_names(axis_name):
         return tree
     varying = jax.tree.map(lambda x: vary(x, axis_name), tree)
@@ -341,7 +363,7 @@ def weighted_mean(
         elif segment_ids is not None:
             count = add_up(mask.astype(jnp.int32))
         elif where is None and lengths is not None:
-            count = _count_lengths(jnp.asarray(lengths), values.shape)
+            count = _count_lengths(lengths, values.shape)
         else:
             count = _count(mask)
         return WeightedMean(add_up(values), count.astype(dtype))
@@ -360,10 +382,11 @@ def _add_up(
     return jax.ops.segment_sum(x.ravel(), ids.ravel(), num_segments)
 
 
-def _count_lengths(lengths: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def _count_lengths(lengths: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
     """Counts what `wloss_jax.length_mask` marks, without looking at a mask."""
+    lengths = check_array("lengths", lengths, int)
     size, *rest = shape[lengths.ndim :]
-    counts = jnp.clip(lengths.astype(jnp.int32), 0, size)
+    counts = jnp.clip(lengths, 0, size).astype(jnp.int32)
     return counts.sum() * math.prod(rest)
 
 
