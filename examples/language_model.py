@@ -166,9 +166,8 @@ class Decoder(nnx.Module):
         chex.assert_rank(batch.tokens, 2)
         chex.assert_equal_shape(batch)
         ids = batch.segment_ids
-        attends = (ids[:, :, None] == ids[:, None, :]) & jnp.tri(
-            ids.shape[1], dtype=bool
-        )
+        earlier = jnp.tri(ids.shape[1], dtype=bool)[None]
+        attends = (ids[:, :, None] == ids[:, None, :]) & earlier
         x = self.embed(batch.tokens) + self.place(batch.positions)
         for block in self.blocks:
             x = block(x, attends[:, None])

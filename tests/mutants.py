@@ -110,7 +110,7 @@ FAULTS = [
     Fault(
         "ignored labels count",
         "losses",
-        "counts = labels != ignore_index",
+        "counts = ~is_label(labels, ignore_index)",
         "counts = labels == labels",
         GRID,
         "ignore_index_is_where",

@@ -5,6 +5,7 @@ or a `TypeError` or `ValueError` where Python or JAX themselves say it; or what 
 documented, as in `DOCUMENTED`. The last test is that no public name was forgotten.
 """
 
+import collections
 import functools
 import inspect
 import types
@@ -287,6 +288,17 @@ params = jnp.zeros(2)
 transform = wl.multi_steps(optax.sgd(1.0), 2)
 update = functools.partial(transform.update, params, transform.init(params), params)
 running = wl.RunningMean.zeros()
+
+
+def update_of(grads=params, every_k=2):
+    transform = wl.multi_steps(optax.sgd(1.0), every_k)
+    return transform.update(grads, transform.init(params), params, weight=1.0)
+
+
+def permuted(loss_fn, params=1.0, **options):
+    wl.testing.assert_permutation_invariant(loss_fn, params, uncut, **options)
+
+
 valid = wl.testing.assert_valid_batch
 
 
@@ -594,7 +606,63 @@ TABLE = {
     "a merge of a list": ("`axis`", lambda: M.merge([0])),
     "a psum over None": ("`axis_name`", lambda: M.psum(None)),
     "a psum over a number": ("`axis_name`", lambda: M.psum(0)),
+    # what is no function, or returns something else
+    "a loss that is no function": ("`loss_fn`", lambda: wl.masked(3)),
+    "a sample's loss that is no function": ("`loss`", lambda: wl.per_sample(None)),
+    "a scheme that is no function": ("`fn`", lambda: M.reweight(3)),
+    "a step that is no function": ("`loss_fn`", lambda: wl.value_and_grad(None)),
+    "an nnx step of a string": ("`loss_fn`", lambda: wl.nnx.value_and_grad("f")),
+    "has_aux of None": ("`has_aux`", lambda: step(has_aux=None)),
+    "nnx: has_aux of 1": ("`has_aux`", lambda: nnx_step(has_aux=1)),
+    "a law of no function": ("`loss_fn`", lambda: permuted(None)),
+    "a law of a loss of None": ("`loss_fn`", lambda: permuted(lambda p, b: None)),
+    "a law of a loss of a pair": (
+        "`loss_fn`",
+        lambda: permuted(lambda p, b: (model(p, b), 1.0)),
+    ),
+    "a law of a loss of trees": ("`loss_fn`", lambda: permuted(lambda p, b: {"a": {}})),
+    "a law of whole numbers": ("`params`", lambda: permuted(model, 1)),
+    "rtol below 0": ("`rtol`", lambda: permuted(model, rtol=-1.0)),
+    "parameters of whole numbers": ("`argnums[0]`", lambda: step(param=1)),
+    "a parameter of a string": (
+        "`argnums[0]['w']`",
+        lambda: step(param={"w": "x"}),
+    ),
+    "terms in another kind of dict": (
+        "`loss_fn`",
+        lambda: step(lambda p, b: collections.OrderedDict(a=model(p, b))),
+    ),
+    **{
+        f"a coefficient of {value!r}": (
+            "`coefficients['a']`",
+            lambda value=value: step(
+                lambda p, b: {"a": model(p, b)}, coefficients={"a": value}
+            ),
+        )
+        for value in ("2", None, [1.0], 1j, np.ones(2))
+    },
+    "num_microbatches of True": (
+        "`num_microbatches`",
+        lambda: step(num_microbatches=True),
+    ),
     # across steps
+    "every_k of True": ("`every_k`", lambda: wl.multi_steps(optax.sgd(1.0), True)),
+    **{
+        f"an every_k that returns {value!r}": (
+            "`every_k",
+            lambda value=value: update_of(every_k=lambda step: value),
+        )
+        for value in (None, 1.5, np.ones(2, int))
+    },
+    **{
+        f"gradients of {grads!r}": ("`grads`", lambda grads=grads: update_of(grads))
+        for grads in (np.ones(1), np.ones((2, 2)), {"a": params}, None, 1.0)
+    },
+    "a state of None": ("`state`", lambda: transform.update(params, None, weight=1.0)),
+    "a flush of another's state": (
+        "`state`",
+        lambda: transform.flush(optax.sgd(1.0).init(params), params),
+    ),
     "an optimizer of None": ("`optimizer`", lambda: wl.multi_steps(None, 2)),
     "an optimizer that is its maker": (
         "`optimizer`",
@@ -675,9 +743,6 @@ PYTHONS = {
     "a merge of no axis": ("axis", lambda: M.merge(3)),
     "an axis of no event": ("axis", lambda: wl.kl_divergence(FLOATS, FLOATS, axis=5)),
     "an axis twice": ("axis", lambda: wl.kl_divergence(FLOATS, FLOATS, axis=(0, 0))),
-    "a loss that is no function": ("callable", lambda: wl.masked(3)),
-    "a sample's loss that is no function": ("callable", lambda: wl.per_sample(None)),
-    "a scheme that is no function": ("callable", lambda: M.reweight(3)),
     "an unknown option": ("delta", lambda: loss(FLOATS, FLOATS, delta=1.0)),
     "an unknown option of masked": (
         "odd",
@@ -696,13 +761,6 @@ PYTHONS = {
     "an option of a list": ("static", lambda: wl.huber_loss(FLOATS, FLOATS, delta=[1])),
     "a batch shape of floats": ("Shapes", lambda: wl.WeightedMean.zeros((1.5,))),
     "a running shape of None": ("Shapes", lambda: wl.RunningMean.zeros(None)),
-    "a step that is no function": ("callable", lambda: wl.value_and_grad(None)),
-    "an nnx step that is no function": ("callable", lambda: wl.nnx.value_and_grad("f")),
-    "a law of no function": (
-        "callable",
-        lambda: wl.testing.assert_split_invariant(3, 1.0, batch),
-    ),
-    "integer parameters": ("int32", lambda: step(param=1)),
     "an unknown option of the step": ("reduction", lambda: step(reduction="mean")),
     "a metric without its mean": (
         "values",
@@ -764,6 +822,22 @@ DOCUMENTED = {
     "segments out of range are padding": (
         lambda: segmented(num_segments=1).merge(),
         (0, 0),
+    ),
+    "a length that no int32 holds marks all": (
+        lambda: wl.weighted_mean(FLOATS, lengths=np.full(B, 2**32 - 1, np.uint32)),
+        (B * L, B * L),
+    ),
+    "a sentinel that the labels cannot hold is none of them": (
+        lambda: cross_entropy(
+            LOGITS, np.full((B, L), 2**32 - 1, np.uint32), ignore_index=-1
+        ),
+        (np.nan, B * L),
+    ),
+    "no labels are all blanks": (
+        lambda: ctc(
+            labels=np.zeros((B, 0), np.int32), label_paddings=np.zeros((B, 0), "f")
+        ),
+        (np.float32(B * L * np.log(V)), B),
     ),
     "no segments": (lambda: segmented(num_segments=0).merge(), (0, 0)),
     "a NaN weight that counts stays visible": (

@@ -193,8 +193,8 @@ def test_plain_jit_on_a_grid_of_data_by_model(num_microbatches):
 
 def tensor_parallel_loss_fn(params, batch):
     """`two_terms.loss_fn` with the hidden axis cut over "model"."""
-    hidden = batch["features"] @ params["hidden"]["kernel"] + params["hidden"]["bias"]
-    hidden = jnp.tanh(hidden)
+    hidden = batch["features"] @ params["hidden"]["kernel"]
+    hidden = jnp.tanh(hidden + params["hidden"]["bias"][None, None])
     number, logits = (
         jax.lax.psum(hidden @ params[name], "model") for name in ("number", "class")
     )
@@ -282,7 +282,8 @@ def test_a_model_that_talks_between_devices(check_vma):
     def loss_fn(params, batch, mean):
         features = batch["features"]
         hidden = jnp.tanh(features @ params["hidden"]["kernel"])
-        hidden = hidden - mean(hidden.mean((0, 1))) + params["hidden"]["bias"]
+        hidden -= mean(hidden.mean((0, 1), keepdims=True))
+        hidden += params["hidden"]["bias"][None, None]
         return two_terms.losses(
             hidden @ params["number"], hidden @ params["class"], batch
         )

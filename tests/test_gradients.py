@@ -475,9 +475,9 @@ def test_errors_say_what_is_wrong(loss_fn, options, error, message, num_microbat
         (BATCH, {"argnums": (0, 1)}, "must not overlap"),
         (BATCH, {"batch_argnums": 2}, r"`batch_argnums` names arguments \(2,\)"),
         (BATCH, {"batch_argnums": ()}, "axis 0 of every leaf"),
-        (BATCH, {"num_microbatches": 0}, "`num_microbatches` is 0"),
-        (BATCH, {"num_microbatches": -2}, "`num_microbatches` is -2"),
-        (BATCH, {"num_microbatches": 2.0}, "`num_microbatches` is 2.0"),
+        (BATCH, {"num_microbatches": 0}, "`num_microbatches` must be .* got 0"),
+        (BATCH, {"num_microbatches": -2}, "`num_microbatches` must be .* got -2"),
+        (BATCH, {"num_microbatches": 2.0}, r"`num_microbatches` must be .* got 2\.0"),
     ],
 )
 def test_a_batch_that_cannot_be_cut_is_an_error(batch, options, message):

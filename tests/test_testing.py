@@ -426,7 +426,7 @@ def test_a_mask_with_holes_is_filled_and_not_lengthened():
 
 
 def test_a_model_bound_to_one_length():
-    bias = jnp.arange(float(L))
+    bias = jnp.arange(float(L))[None]
 
     def loss_fn(params, batch):
         return wl.squared_error(

@@ -68,8 +68,9 @@ def pad(samples, size):
 
 
 def loss_fn(params, batch):
-    hidden = batch["features"] @ params["hidden"]["kernel"] + params["hidden"]["bias"]
-    hidden = jnp.tanh(hidden)
+    hidden = batch["features"] @ params["hidden"]["kernel"]
+    bias = jnp.broadcast_to(params["hidden"]["bias"], hidden.shape)
+    hidden = jnp.tanh(hidden + bias)
     return losses(hidden @ params["number"], hidden @ params["class"], batch)
 
 

@@ -73,7 +73,7 @@ def _loss(params, batch):
 
 def _total_and_count(params, batch):
     errors = (_model(params, batch["x"]) - batch["y"]) ** 2
-    mask = jnp.arange(errors.shape[1]) < batch["lengths"][:, None]
+    mask = jnp.arange(errors.shape[1])[None] < batch["lengths"][:, None]
     total = jnp.sum(errors, where=mask[..., None])
     return total, batch["lengths"].sum() * errors.shape[2]
 

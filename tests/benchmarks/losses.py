@@ -209,11 +209,11 @@ def _case(name: str, quick: bool) -> Case:
         return getattr(wl, name)(first, *others, lengths=lengths).compute()
 
     def where(first, others, lengths):
-        mask = jnp.arange(size) < lengths[:, None]
+        mask = jnp.arange(size)[None] < lengths[:, None]
         return jnp.sum(loss.by_hand(first, *others), where=mask) / lengths.sum()
 
     def product(first, others, lengths):
-        mask = jnp.arange(size) < lengths[:, None]
+        mask = jnp.arange(size)[None] < lengths[:, None]
         return jnp.sum(loss.by_hand(first, *others) * mask) / lengths.sum()
 
     def of(mean):

@@ -157,7 +157,7 @@ def _ours(loss, heads, missing):
 
 
 def _mask(targets, lengths, missing):
-    mask = jnp.arange(targets.shape[1]) < lengths[:, None]
+    mask = jnp.arange(targets.shape[1])[None] < lengths[:, None]
     return mask & (targets != MISSING) if missing else mask
 
 
