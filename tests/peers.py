@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-PREDICTIONS = jnp.array([[1.0, 1.0, 1.0, 1.0], [5.0, 9.0, 9.0, 9.0]])
-TARGETS = jnp.zeros((2, 4))
+PREDICTIONS = jnp.array([[1.0, 1.0, 1.0, 1.0], [5.0, 9.0, 9.0, 9.0]], jnp.float32)
+TARGETS = jnp.zeros_like(PREDICTIONS)
 WHERE = jnp.arange(4)[None] < jnp.array([[4], [1]])
 HALVES = [tuple(x[i : i + 1] for x in (PREDICTIONS, TARGETS, WHERE)) for i in (0, 1)]
 

@@ -39,6 +39,14 @@ def run(module, *arguments):
 
 # --------------------------------------------------------------------- contestants
 
+
+@pytest.fixture(autouse=True)
+def in_32_bits():
+    """What is timed; in x64 some contestants, optax's sparsemax too, do not run."""
+    with jax.enable_x64(False):
+        yield
+
+
 # What these are named for is that they compute another number.
 ANOTHER = "which averages"
 
