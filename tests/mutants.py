@@ -305,8 +305,8 @@ FAULTS = [
     Fault(
         "calls count alike",
         "accumulation",
-        "term = scalar.astype(total.dtype) * grad.astype(total.dtype)",
-        "term = grad.astype(total.dtype)",
+        "term = scalar.astype(total.dtype) * jnp.asarray(grad, total.dtype)",
+        "term = jnp.asarray(grad, total.dtype)",
         "test_accumulation",
         "by_their_weight_and_not_alike",
     ),

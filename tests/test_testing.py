@@ -135,7 +135,9 @@ def test_sound_losses_pass(loss_fn, law):
 
 
 def test_a_scalar_mean_passes_where_all_rows_weigh_the_same():
-    loss_fn = lambda params, batch: squares(params, batch).mean()  # noqa: E731
+    def loss_fn(params, batch):
+        return squares(params, batch).mean()
+
     check(assert_split_invariant, loss_fn)
     check(assert_permutation_invariant, loss_fn)
 

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from wloss_jax.masks import check_array, is_count
+from wloss_jax.masks import check_array, check_scalar, is_count
 from wloss_jax.weighted_mean import WeightedMean, jit_compiled
 
 
@@ -144,10 +144,10 @@ def multi_steps(
     ) -> tuple[Any, MultiStepsState]:
         scalar = _check_weight(weight)
         _check_state(state)
-        grads = _check_gradients(grads, state.acc_grads)
+        _check_gradients(grads, state.acc_grads)
 
-        def add(total: jax.Array, grad: jax.Array) -> jax.Array:
-            term = scalar.astype(total.dtype) * grad.astype(total.dtype)
+        def add(total: jax.Array, grad: ArrayLike) -> jax.Array:
+            term = scalar.astype(total.dtype) * jnp.asarray(grad, total.dtype)
             return jnp.where(scalar == 0, total, total + term)
 
         state = state._replace(
@@ -155,8 +155,12 @@ def multi_steps(
             acc_grads=jax.tree.map(add, state.acc_grads, grads),
             acc_weight=state.acc_weight + scalar.astype(state.acc_weight.dtype),
         )
-        k = every_k(state.gradient_step) if callable(every_k) else every_k
-        return step_if(state.mini_step >= _check_k(k), state, params, extra)
+        k: ArrayLike = (
+            check_scalar("every_k(...)", every_k(state.gradient_step), int)
+            if callable(every_k)
+            else every_k
+        )
+        return step_if(state.mini_step >= k, state, params, extra)
 
     def flush(
         state: MultiStepsState, params: Any = None, **extra: Any
@@ -223,7 +227,7 @@ def _check_state(state: object) -> None:
     )
 
 
-def _check_gradients(grads: Any, sums: Any) -> Any:
+def _check_gradients(grads: Any, sums: Any) -> None:
     """Takes ``grads`` of the structure and the shapes that the parameters had."""
     expected, got = _shapes(sums), _shapes(grads)
     chex.assert_equal(
@@ -232,22 +236,11 @@ def _check_gradients(grads: Any, sums: Any) -> Any:
         custom_message="`grads` must have the structure and the shapes of the "
         f"parameters given to `init`, {expected}; got {got}.",
     )
-    return jax.tree.map(jnp.asarray, grads)
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in leaves}
-
-
-def _check_k(k: ArrayLike) -> jax.Array:
-    k = check_array("every_k(...)", k, int)
-    chex.assert_shape(
-        k,
-        (),
-        custom_message=f"`every_k` returned shape {k.shape}: one integer is expected.",
-    )
-    return k
 
 
 def _check_weight(weight: ArrayLike | None) -> jax.Array:

@@ -21,10 +21,11 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from wloss_jax.masks import (
-    check_array,
     check_count,
     check_flag,
     check_function,
+    check_parameters,
+    check_scalar,
     is_integer,
 )
 from wloss_jax.weighted_mean import (
@@ -175,7 +176,7 @@ def accumulate(
     """
     axes = () if axis_name is None else axis_name
     check_mapped("axis_name", axes)
-    params = jax.tree_util.tree_map_with_path(_check_param, params)
+    params = check_parameters("argnums", params)
     # Parameters that vary, so that the gradient of each device comes out, to be added
     # up once, last; parameters that do not would have it added up in each microbatch.
     varying = jax.tree.map(lambda x: vary(x, axes), params)
@@ -243,10 +244,6 @@ def accumulate(
         lambda x: x.psum(axes) if _is_mean(x) else x, aux, is_leaf=_is_mean
     )
     return value, aux, grads, state
-
-
-def _check_param(path: tuple[Any, ...], param: ArrayLike) -> jax.Array:
-    return check_array(f"argnums{jax.tree_util.keystr(path)}", param, float)
 
 
 def _accumulator(param: jax.Array) -> jax.Array:
@@ -354,6 +351,8 @@ def _weights(value: Any) -> Any:
 
 
 def _check_value(value: Any) -> None:
+    # No other kind of dict: coefficients come in a plain one, and JAX tells the kinds
+    # apart.
     means = list(value.values()) if type(value) is dict else [value]
     chex.assert_equal(
         bool(means) and all(map(_is_mean, means)),
@@ -388,16 +387,11 @@ def _coefficients(value: Any, coefficients: Mapping[str, ArrayLike] | None) -> A
     )
     if not isinstance(value, dict):
         return 1.0
-    for name, factor in named.items():
-        array = check_array(f"coefficients[{name!r}]", factor)
-        chex.assert_shape(
-            array,
-            (),
-            custom_message=f"`coefficients[{name!r}]` has shape {array.shape}: a term "
-            "has one factor.",
-        )
-    factors = [jnp.asarray(named.get(name, 1.0)) for name in terms]
-    return dict(zip(terms, map(jax.lax.stop_gradient, factors), strict=True))
+    factors = {
+        name: check_scalar(f"coefficients[{name!r}]", named.get(name, 1.0))
+        for name in terms
+    }
+    return jax.tree.map(jax.lax.stop_gradient, factors)
 
 
 def argument_numbers(option: str, numbers: int | Sequence[int]) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from typing import cast
+from typing import Any, cast
 
 import chex
 import jax
@@ -60,7 +60,7 @@ def length_mask(lengths: ArrayLike, size: int) -> jax.Array:
     arange = np.arange if size <= _LARGEST_TABLE else jnp.arange
     positions = arange(1, size + 1, dtype=np.int32)
     positions = jnp.broadcast_to(positions, (*lengths.shape, size))
-    if lengths.dtype != jnp.int32:
+    if lengths.dtype != jnp.int32:  # cut, lest a length of 2**32 - 1 be one of -1
         lengths = jnp.clip(lengths, 0, size).astype(jnp.int32)
     return positions <= lengths[..., None]
 
@@ -113,7 +113,7 @@ def observed_mask(targets: ArrayLike, missing: float = math.nan) -> jax.Array:
         custom_message=f"`missing` is {missing}, which {describe(targets)} `targets` "
         "cannot hold: pass the integer sentinel, such as `missing=-1`.",
     )
-    return ~is_label(_widen(targets), int(missing))
+    return ~is_label(_widen(targets), int(missing))  # bool widens to an integer
 
 
 def valid_mask(
@@ -232,6 +232,27 @@ def check_array(name: str, value: object, kind: type | None = None) -> jax.Array
         mend = f"`{name}` is {describe(array)}. {_MENDS[kind].format(name)}"
         chex.assert_type(array, kind, custom_message=mend)
     return _widen(array) if kind is int else array
+
+
+def check_scalar(name: str, value: object, kind: type | None = None) -> jax.Array:
+    """Takes one number, which may be traced."""
+    scalar = check_array(name, value, kind)
+    chex.assert_shape(
+        scalar,
+        (),
+        custom_message=f"`{name}` has shape {scalar.shape}: one number is expected.",
+    )
+    return scalar
+
+
+def check_parameters(name: str, tree: Any) -> Any:
+    """Takes a tree of floating arrays, each named by its path."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: check_array(
+            f"{name}{jax.tree_util.keystr(path)}", leaf, float
+        ),
+        tree,
+    )
 
 
 def is_integer(value: object) -> bool:

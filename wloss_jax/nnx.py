@@ -107,7 +107,7 @@ def value_and_grad(
     check_function("loss_fn", loss_fn)
     check_flag("has_aux", has_aux)
     single = not isinstance(argnums, tuple | list)
-    wanted: Any = argnums if isinstance(argnums, tuple | list) else (argnums,)
+    wanted: Any = (argnums,) if single else argnums
     selects = dict(map(_number_and_predicate, wanted))
     batch_nums = argument_numbers("batch_argnums", batch_argnums)
     names = parameter_names(loss_fn)

@@ -232,14 +232,15 @@ def _as_fill(value: complex, dtype: np.dtype[Any]) -> NDArray[Any]:
     """Converts `value` to `dtype`, which must hold it: no 0.5 or NaN among integers."""
     if np.asarray(value).dtype.kind in _NOT_NUMBERS or np.ndim(value):
         raise TypeError(f"value must be one number, got {value!r}")
+    error = ValueError(f"value must be a number that {dtype} holds, got {value!r}")
     try:
         with np.errstate(over="ignore"):
             fill = np.array(value, dtype)
     except (OverflowError, TypeError, ValueError):
-        fill = None
-    is_rounded = fill is not None and (dtype.kind in "biu" or np.isinf(fill))
-    if fill is None or (is_rounded and fill.item() != value):
-        raise ValueError(f"value must be a number that {dtype} holds, got {value!r}")
+        raise error from None
+    # A floating value may be rounded, but not to infinity.
+    if (dtype.kind in "biu" or np.isinf(fill)) and fill.item() != value:
+        raise error
     return fill
 
 

@@ -34,6 +34,7 @@ from wloss_jax.masks import (
     check_function,
     check_label,
     check_number,
+    check_parameters,
     expand_leading,
     is_label,
     valid_mask,
@@ -357,13 +358,13 @@ def assert_valid_batch(
         if ignore_index is not None:
             check_label("ignore_index", ignore_index)
             bad &= ~is_label(labels, ignore_index)
+        number = "no negative" if num_classes is None else num_classes
         _check_values(
             "labels",
             labels,
             _counted(bad, lengths),
             "out of range",
-            f"There are {'no negative' if num_classes is None else num_classes} "
-            "classes, from 0; a label that "
+            f"There are {number} classes, from 0; a label that "
             "marks padding is said by `ignore_index`, or covered by `lengths`.",
         )
     if weights is not None:
@@ -416,8 +417,7 @@ class _Loss:
         self, loss_fn: LossFn, params: PyTree, batch: PyTree, rtol: float | None
     ):
         check_function("loss_fn", loss_fn)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-            check_array(f"params{jax.tree_util.keystr(path)}", leaf, float)
+        check_parameters("params", params)
         if rtol is not None:
             check_number("rtol", rtol, low=0)
         shape = jax.eval_shape(loss_fn, params, batch)

@@ -138,6 +138,7 @@ class WeightedMean:
         Args:
           axis_name: the mapped axis, or a tuple of them.
         """
+        check_mapped("axis_name", axis_name)
         return psum(self, axis_name)
 
     def compute(self, empty: ArrayLike = 0.0) -> jax.Array:
@@ -264,7 +265,6 @@ def check_mapped(option: str, axis_name: AxisName) -> None:
 
 def psum(tree: _Tree, axis_name: AxisName) -> _Tree:
     """`jax.lax.psum` of arrays, whether or not they differ between the devices."""
-    check_mapped("axis_name", axis_name)
     if not axis_names(axis_name):
         return tree
     varying = jax.tree.map(lambda x: vary(x, axis_name), tree)
