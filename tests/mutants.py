@@ -100,6 +100,15 @@ FAULTS = [
         "packed_rows_are_the_oracles and squared_error",
     ),
     Fault(
+        "segment 0 takes what pads the rows of a device",
+        "weighted_mean",
+        "jax.ops.segment_sum(x.ravel(), ids.ravel() + 1, num_segments + 1)\n"
+        "    return sums[1:]",
+        "jax.ops.segment_sum(x.ravel(), ids.ravel(), num_segments)\n    return sums",
+        "test_devices",
+        "row_of_segments_is_shared_out",
+    ),
+    Fault(
         "narrow sentinels compared as narrow ones",
         "masks",
         "return integers.astype(jnp.int32) if narrow else integers",

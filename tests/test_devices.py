@@ -125,6 +125,27 @@ def test_plain_jit_where_microbatches_are_smaller_than_the_mesh(num_microbatches
     two_terms.assert_exact(result, EXPECTED)
 
 
+def test_plain_jit_where_a_row_of_segments_is_shared_out():
+    """XLA pads one row for two devices with the next, and lets that be segment 0."""
+
+    def loss_fn(scale, batch):
+        halves = [jax.tree.map(lambda x, i=i: x[i : i + 1], batch) for i in range(2)]
+        m = sum(
+            wl.weighted_mean(scale * values, segment_ids=ids, num_segments=3)
+            for values, ids in halves
+        )
+        return m.merge()
+
+    values = np.arange(1, 25, dtype=np.float32).reshape(4, 6)
+    ids = np.array([0, 2, -1, 1], np.int32)
+    batch = jax.device_put((values, ids), NamedSharding(line(4), P("data")))
+    step = jax.jit(wl.value_and_grad(loss_fn, num_microbatches=2))
+    m, gradient = step(1.0, batch)
+    assert float(m.total) == float(values[[0, 1, 3]].sum())
+    assert float(m.weight) == 18
+    np.testing.assert_allclose(gradient, values[[0, 1, 3]].mean(), rtol=1e-6)
+
+
 def test_two_axes_at_once():
     step = jax.shard_map(
         make_step(num_microbatches=2, axis_name=("data", "model")),

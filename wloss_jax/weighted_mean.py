@@ -375,11 +375,14 @@ def weighted_mean(
 def _add_up(
     x: jax.Array, segment_ids: ArrayLike | None, num_segments: int | None
 ) -> jax.Array:
-    if segment_ids is None:
+    if segment_ids is None or num_segments is None:
         return x.sum()
     ids = jnp.asarray(segment_ids)
     x = x.sum(axis=tuple(range(ids.ndim, x.ndim)))
-    return jax.ops.segment_sum(x.ravel(), ids.ravel(), num_segments)
+    # XLA (jax 0.10, 0.12) pads rows that it shares out among more devices with what it
+    # finds, and may add that to the first sum: so one more is made, and dropped.
+    sums = jax.ops.segment_sum(x.ravel(), ids.ravel() + 1, num_segments + 1)
+    return sums[1:]
 
 
 def _count_lengths(lengths: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
