@@ -270,12 +270,18 @@ def _stack(rows, size, where, poison):
 
 @dataclasses.dataclass(frozen=True)
 class Expected:
-    """What the oracle says: of the whole batch, of each sample, and the gradients."""
+    """What the oracle says: of the whole batch, of each sample, and the gradients.
+
+    All data are of size 1, and so are the terms that a loss is the sum of: where it or
+    its derivative is nearly 0, it is a difference of such terms (log_cosh takes log(2)
+    off; near 0 it is right to 5e-8, not to 5e-8 of itself). So sizes are 1 at least.
+    """
 
     total: float
     weight: float
     mean: float
-    magnitude: float  # the mean of the absolute losses: what rounding errors scale with
+    magnitude: float  # what the rounding errors of the mean scale with
+    slope: float  # what those of the gradients scale with
     per_sample: list[tuple[float, float, float]]
     gradients: list[np.ndarray]
 
@@ -296,7 +302,8 @@ def expected(case, batch, size):
     values = [case.reference(*element) for _, element, _ in elements]
     weights = [weight for _, _, weight in elements]
     total, weight, mean = reference.weighted_mean(values, weights)
-    *_, magnitude = reference.weighted_mean(map(abs, values), weights)
+    sizes = [max(1.0, abs(value)) for value in values]
+    *_, magnitude = reference.weighted_mean(sizes, weights)
 
     per_sample = []
     for b in range(len(batch.samples)):
@@ -308,11 +315,13 @@ def expected(case, batch, size):
         )
 
     gradients = zeros(case, batch, size)
+    slope = max(weights, default=0.0) / (weight or 1.0)
     for position, element, w in elements:
         parts = reference.gradients(case.reference, element, case.differentiable)
         for gradient, part in zip(gradients, parts, strict=True):
             gradient[position] = part * (w / weight)
-    return Expected(total, weight, mean, magnitude, per_sample, gradients)
+    slope = max([slope, *(np.abs(gradient).max(initial=0) for gradient in gradients)])
+    return Expected(total, weight, mean, magnitude, slope, per_sample, gradients)
 
 
 def zeros(case, batch, size):
