@@ -457,7 +457,7 @@ def test_rtol_says_how_much_may_move():
     [
         ({"where": dict.fromkeys(BATCH)}, "`where` masks nothing"),
         ({"where": MASK}, "`where` must be a tree like `batch`"),
-        ({"where": WHERE | {"y": MASK.astype(float)}}, r"`where\['y'\]` is float"),
+        ({"where": WHERE | {"y": jnp.float32(MASK)}}, r"`where\['y'\]` is float32"),
         ({"where": WHERE | {"lengths": MASK}}, r"`where\['lengths'\]` has shape"),
         ({"loss_fn": squares}, "`loss_fn` must return a floating scalar"),
         ({"loss_fn": lambda p, b: {"a": wl.WeightedMean(1, 1), "b": p}}, "or a dict"),
@@ -530,8 +530,8 @@ def test_invalid_values_are_named_under_jit(change, message):
 
 
 def test_values_have_types():
-    with pytest.raises(AssertionError, match="`labels` is float"):
-        assert_valid_batch(labels=jnp.ones(3))
+    with pytest.raises(AssertionError, match="`labels` is float32"):
+        assert_valid_batch(labels=jnp.ones(3, jnp.float32))
     with pytest.raises(AssertionError, match="`weights` is bool"):
         assert_valid_batch(weights=jnp.ones(3, bool))
     with pytest.raises(AssertionError, match="`lengths` has shape"):

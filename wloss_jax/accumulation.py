@@ -39,6 +39,7 @@ class MultiStepsState(NamedTuple):
     acc_weight: jax.Array
 
 
+# For mypy this base is Any: optax ships no types.
 class MultiSteps(optax.GradientTransformationExtraArgs):  # type: ignore[misc]
     """What `multi_steps` makes: ``init`` and ``update``, as in optax, and ``flush``.
 
