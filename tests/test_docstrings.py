@@ -20,7 +20,9 @@ def public_names():
             yield name, value
             continue
         for inner, part in vars(value).items():
-            if inner[0] != "_" and getattr(part, "__module__", "") == value.__name__:
+            if inner[0] != "_" and getattr(part, "__module__", "").startswith(
+                value.__name__
+            ):
                 yield f"{name}.{inner}", part
 
 

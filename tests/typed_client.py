@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 
 import wloss_jax as wl
-from wloss_jax.accumulation import MultiSteps, MultiStepsState
+from wloss_jax._multi_steps import MultiSteps, MultiStepsState
 from wloss_jax.nnx import WeightedMeanMetric
 
 Params = dict[str, jax.Array]

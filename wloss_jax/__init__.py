@@ -7,9 +7,9 @@ From ragged samples to the gradient step, each line with the module that it live
     prediction = wl.select_head((first, second), head)                 # heads
     m = wl.absolute_error(prediction, targets, lengths=n, where=where) # losses
     m = per_sample.reweight(wl.size_power(0.5)).merge()                # weighting
-    loss = (m + another).compute()                                     # weighted_mean
-    optimizer = wl.multi_steps(optax.adamw(1e-3), every_k=8)           # accumulation
-    running = running.update(m)                                        # accumulation
+    loss = (m + another).compute()                                     # means
+    optimizer = wl.multi_steps(optax.adamw(1e-3), every_k=8)           # _multi_steps
+    running = running.update(m)                                        # running_mean
 """
 
 import importlib
@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from wloss_jax import testing
-from wloss_jax.accumulation import RunningMean, multi_steps
+from wloss_jax._multi_steps import multi_steps
 from wloss_jax.gradients import value_and_grad
 from wloss_jax.heads import select_head
 from wloss_jax.linear_cross_entropy import linear_softmax_cross_entropy
@@ -52,8 +52,9 @@ from wloss_jax.losses import (
     triplet_margin_loss,
 )
 from wloss_jax.masks import length_mask, observed_mask
+from wloss_jax.means import WeightedMean, weighted_mean
 from wloss_jax.padding import bucket_sizes, pad_ragged
-from wloss_jax.weighted_mean import WeightedMean, weighted_mean
+from wloss_jax.running_mean import RunningMean
 from wloss_jax.weighting import loss_power, mean_of_means_bias, size_power
 
 if TYPE_CHECKING:

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from wloss_jax.masks import check_array, expand_leading
-from wloss_jax.weighted_mean import jit_compiled
+from wloss_jax._checks import check_array
+from wloss_jax._devices import jit_compiled
+from wloss_jax.masks import expand_leading
 
 
 def select_head(

@@ -34,15 +34,11 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from wloss_jax.losses import check_labels, counted_labels, nan_unless_class
-from wloss_jax.masks import check_array, check_number, expand_leading, valid_mask
-from wloss_jax.weighted_mean import (
-    WeightedMean,
-    check_mapped,
-    jit_compiled,
-    vary,
-    weighted_mean,
-)
+from wloss_jax._checks import check_array, check_number
+from wloss_jax._devices import check_mapped, jit_compiled, vary
+from wloss_jax.losses._labels import check_labels, counted_labels, nan_unless_class
+from wloss_jax.masks import expand_leading, valid_mask
+from wloss_jax.means import WeightedMean, weighted_mean
 
 Arrays = Sequence[Any]
 

@@ -14,16 +14,17 @@ import jax
 from flax import nnx
 from jax.typing import ArrayLike
 
-from wloss_jax.accumulation import RunningMean
+from wloss_jax._checks import check_flag, check_function
+from wloss_jax._devices import AxisName
+from wloss_jax._microbatches import accumulate
 from wloss_jax.gradients import (
-    accumulate,
     argument_numbers,
     choose_arguments,
     parameter_names,
     split_aux,
 )
-from wloss_jax.masks import check_flag, check_function
-from wloss_jax.weighted_mean import AxisName, WeightedMean
+from wloss_jax.means import WeightedMean
+from wloss_jax.running_mean import RunningMean
 
 Argnum = int | nnx.DiffState
 _P = ParamSpec("_P")

@@ -10,8 +10,8 @@ from collections.abc import Callable
 import chex
 import jax
 
-from wloss_jax.masks import check_array
-from wloss_jax.weighted_mean import WeightedMean
+from wloss_jax._checks import check_array
+from wloss_jax.means import WeightedMean
 
 Scheme = Callable[[jax.Array, jax.Array], jax.Array]
 

@@ -1,0 +1,219 @@
+"""Cross-entropies of one class among several, from logits."""
+
+from __future__ import annotations
+
+from typing import (
+    Unpack,
+)
+
+import jax
+import optax
+from jax.typing import ArrayLike
+
+from wloss_jax._checks import (
+    check_array,
+    check_number,
+)
+from wloss_jax.losses._labels import (
+    check_labels,
+    counted_labels,
+    nan_unless_class,
+    own_class_weights,
+    score_of_label,
+)
+from wloss_jax.losses._masked import (
+    Axis,
+    Reduction,
+    event_last,
+    guarded,
+    public_loss,
+)
+from wloss_jax.means import WeightedMean
+
+
+@public_loss
+def softmax_cross_entropy(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    axis: Axis = -1,
+    **reduction: Unpack[Reduction],
+) -> WeightedMean:
+    """Computes the cross-entropy of labels that are distributions over the classes.
+
+    ``-sum_v y_v * log_softmax(x)_v``
+
+    Args:
+      logits: floating ``[..., V]``; one distribution is one element.
+      labels: numeric, of the shape of ``logits``: one-hot, or probabilities.
+      axis: the axis or axes of the classes; None for all.
+      **reduction: the keywords of `weighted_mean`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import wloss_jax as wl
+      >>> labels = jnp.array([[0.5, 0.5], [jnp.nan, jnp.nan]])
+      >>> loss = wl.softmax_cross_entropy(jnp.zeros((2, 2)), labels, lengths=1)
+      >>> print(f"{loss.compute():.4f}")
+      0.6931
+
+    Source:
+      `optax.losses.softmax_cross_entropy`.
+    """
+    logits, labels = event_last(axis, logits=logits, labels=labels)
+    return guarded(optax.losses.softmax_cross_entropy, event_ndim=1, hides_nan=True)(
+        logits, labels, **reduction
+    )
+
+
+@public_loss
+def safe_softmax_cross_entropy(
+    logits: ArrayLike, labels: ArrayLike, **reduction: Unpack[Reduction]
+) -> WeightedMean:
+    """Computes `softmax_cross_entropy` where classes may have a logit of -infinity.
+
+    ``-sum_v y_v * log_softmax(x)_v`` with ``0 * log(0) = 0``
+
+    Args:
+      logits: floating ``[..., V]``; one distribution is one element.
+      labels: numeric, of the shape of ``logits``: one-hot, or probabilities.
+      **reduction: the keywords of `weighted_mean`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import wloss_jax as wl
+      >>> logits = jnp.array([[0.0, 0.0, -jnp.inf]])
+      >>> labels = jnp.array([[0.5, 0.5, 0.0]])
+      >>> print(f"{wl.safe_softmax_cross_entropy(logits, labels).compute():.4f}")
+      0.6931
+
+    Source:
+      `optax.losses.safe_softmax_cross_entropy`.
+    """
+    logits, labels = event_last(-1, logits=logits, labels=labels)
+    return guarded(
+        optax.losses.safe_softmax_cross_entropy, event_ndim=1, hides_nan=True
+    )(logits, labels, **reduction)
+
+
+@public_loss
+def softmax_cross_entropy_with_integer_labels(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    axis: int | tuple[int, ...] = -1,
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    class_weights: ArrayLike | None = None,
+    **reduction: Unpack[Reduction],
+) -> WeightedMean:
+    """Computes the cross-entropy of integer class labels.
+
+    ``lse - (1 - s) * x_y - s * mean_v(x_v) + z_loss * lse**2`` with
+    ``lse = logsumexp_v(x)`` and ``s = label_smoothing``
+
+    All options share one denominator: the sum of the weights of the elements that
+    count. A label out of range at a position that counts gives NaN; it never wraps.
+
+    Args:
+      logits: floating ``[..., V]``; one distribution is one element.
+      labels: integer ``[...]``.
+      axis: the axis or axes of the classes in ``logits``.
+      ignore_index: a label that marks an element as masked, -100 say; None for none.
+      label_smoothing: the share of the label that is spread evenly over all classes.
+      z_loss: the factor of ``lse**2``, which keeps logits from drifting.
+      class_weights: floating ``[V]``: an element's weight is that of its own class,
+        times ``weights``. The whole element is weighted, its smoothing and z-loss too
+        (PyTorch weighs smoothing by each class that it is spread over).
+      **reduction: the keywords of `weighted_mean`.
+
+    Raises:
+      AssertionError: labels that are not integers of the shape of the elements (one-hot
+        labels are for `softmax_cross_entropy`), ``class_weights`` that are not ``[V]``,
+        a ``label_smoothing`` that is not between 0 and 1, or an ``ignore_index`` that
+        is not an integer.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import wloss_jax as wl
+      >>> logits, labels = jnp.zeros((3, 4)), jnp.array([0, 3, -100])
+      >>> loss = wl.softmax_cross_entropy_with_integer_labels(
+      ...     logits, labels, ignore_index=-100
+      ... )
+      >>> print(f"{loss.compute():.4f} over {loss.weight} labels")
+      1.3863 over 2.0 labels
+
+    Source:
+      `optax.losses.softmax_cross_entropy_with_integer_labels`; smoothing: Szegedy et
+      al., Rethinking the Inception Architecture, 2016; z-loss: Chowdhery et al., PaLM,
+      2022.
+    """
+    (logits,) = event_last(axis, logits=logits)
+    labels = check_labels(labels, logits.shape[:-1])
+    check_number("label_smoothing", label_smoothing, 0, 1)
+    check_number("z_loss", z_loss)
+    if ignore_index is not None:
+        reduction["where"] = counted_labels(
+            labels, ignore_index, reduction.get("where")
+        )
+    if class_weights is not None:
+        reduction["weights"] = own_class_weights(
+            logits, labels, class_weights, reduction.get("weights")
+        )
+    return guarded(_integer_cross_entropy, event_ndim=1)(
+        logits,
+        labels,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        **reduction,
+    )
+
+
+def _integer_cross_entropy(
+    logits: jax.Array, labels: jax.Array, *, label_smoothing: float, z_loss: float
+) -> jax.Array:
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    target = score_of_label(logits, labels)
+    if label_smoothing:
+        target += label_smoothing * (logits.mean(axis=-1) - target)
+    # All of the loss, for the score of a label out of range may have no gradient.
+    loss = (lse - target) * nan_unless_class(labels, logits.shape[-1])
+    return loss + z_loss * lse**2 if z_loss else loss
+
+
+@public_loss
+def poly_loss_cross_entropy(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    epsilon: float = 2.0,
+    axis: Axis = -1,
+    **reduction: Unpack[Reduction],
+) -> WeightedMean:
+    """Computes the Poly-1 loss: cross-entropy and a share of the missed probability.
+
+    ``cross_entropy + epsilon * (1 - sum_v y_v * softmax(x)_v)``
+
+    Args:
+      logits: floating ``[..., V]``; one distribution is one element.
+      labels: floating, of the shape of ``logits``: one-hot, or probabilities.
+      epsilon: the coefficient of the first polynomial term.
+      axis: the axis or axes of the classes; None for all.
+      **reduction: the keywords of `weighted_mean`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import wloss_jax as wl
+      >>> loss = wl.poly_loss_cross_entropy(jnp.zeros((1, 2)), jnp.array([[1.0, 0.0]]))
+      >>> print(f"{loss.compute():.4f}")
+      1.6931
+
+    Source:
+      `optax.losses.poly_loss_cross_entropy`; Leng et al., PolyLoss, 2022.
+    """
+    check_number("epsilon", epsilon)
+    logits, labels = event_last(axis, logits=logits, labels=labels)
+    return guarded(optax.losses.poly_loss_cross_entropy, event_ndim=1)(
+        logits, check_array("labels", labels, float), epsilon=epsilon, **reduction
+    )

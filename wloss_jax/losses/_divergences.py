@@ -1,0 +1,125 @@
+"""Divergences between distributions."""
+
+from __future__ import annotations
+
+from typing import (
+    Unpack,
+)
+
+import optax
+from jax.typing import ArrayLike
+
+from wloss_jax.losses._masked import (
+    Axis,
+    Reduction,
+    event_last,
+    guarded,
+    public_loss,
+)
+from wloss_jax.means import WeightedMean
+
+
+@public_loss
+def kl_divergence(
+    log_predictions: ArrayLike,
+    targets: ArrayLike,
+    *,
+    axis: Axis = -1,
+    **reduction: Unpack[Reduction],
+) -> WeightedMean:
+    """Computes the Kullback-Leibler divergence of a prediction from a target.
+
+    ``sum_v t_v * (log(t_v) - log_p_v)`` with ``0 * log(0) = 0``
+
+    Args:
+      log_predictions: floating ``[..., D]``, logarithms of probabilities; one
+        distribution is one element.
+      targets: floating, of the same shape: probabilities.
+      axis: the axis or axes of a distribution; None for all.
+      **reduction: the keywords of `weighted_mean`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import wloss_jax as wl
+      >>> log_predictions = jnp.log(jnp.array([[0.5, 0.5]]))
+      >>> loss = wl.kl_divergence(log_predictions, jnp.array([[1.0, 0.0]]))
+      >>> print(f"{loss.compute():.4f}")
+      0.6931
+
+    Source:
+      `optax.losses.kl_divergence`.
+    """
+    return guarded(optax.losses.kl_divergence, event_ndim=1, hides_nan=True)(
+        *event_last(axis, log_predictions=log_predictions, targets=targets),
+        **reduction,
+    )
+
+
+@public_loss
+def kl_divergence_with_log_targets(
+    log_predictions: ArrayLike,
+    log_targets: ArrayLike,
+    *,
+    axis: Axis = -1,
+    **reduction: Unpack[Reduction],
+) -> WeightedMean:
+    """Computes `kl_divergence` for targets that are logarithms too.
+
+    ``sum_v exp(log_t_v) * (log_t_v - log_p_v)``
+
+    Args:
+      log_predictions: floating ``[..., D]``, logarithms of probabilities; one
+        distribution is one element.
+      log_targets: floating, of the same shape: logarithms of probabilities.
+      axis: the axis or axes of a distribution; None for all.
+      **reduction: the keywords of `weighted_mean`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import wloss_jax as wl
+      >>> log_half = jnp.log(jnp.array([[0.5, 0.5]]))
+      >>> wl.kl_divergence_with_log_targets(log_half, log_half)
+      WeightedMean(mean=0.0, weight=1.0)
+
+    Source:
+      `optax.losses.kl_divergence_with_log_targets`.
+    """
+    return guarded(
+        optax.losses.kl_divergence_with_log_targets, event_ndim=1, hides_nan=True
+    )(
+        *event_last(axis, log_predictions=log_predictions, log_targets=log_targets),
+        **reduction,
+    )
+
+
+@public_loss
+def generalized_kl_divergence(
+    log_predictions: ArrayLike,
+    targets: ArrayLike,
+    *,
+    axis: Axis = -1,
+    **reduction: Unpack[Reduction],
+) -> WeightedMean:
+    """Computes the divergence of measures that need not sum to 1.
+
+    ``sum_v t_v * (log(t_v) - log_p_v) + exp(log_p_v) - t_v``
+
+    Args:
+      log_predictions: floating ``[..., D]``, logarithms; one measure is one element.
+      targets: floating, of the same shape.
+      axis: the axis or axes of a measure; None for all.
+      **reduction: the keywords of `weighted_mean`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import wloss_jax as wl
+      >>> wl.generalized_kl_divergence(jnp.zeros((1, 2)), jnp.array([[1.0, 0.0]]))
+      WeightedMean(mean=1.0, weight=1.0)
+
+    Source:
+      `optax.losses.generalized_kl_divergence`.
+    """
+    return guarded(optax.losses.generalized_kl_divergence, event_ndim=1)(
+        *event_last(axis, log_predictions=log_predictions, targets=targets),
+        **reduction,
+    )

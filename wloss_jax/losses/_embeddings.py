@@ -1,0 +1,122 @@
+"""Losses of vectors, by the angles and distances between them."""
+
+from __future__ import annotations
+
+from typing import (
+    Unpack,
+)
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from wloss_jax._checks import (
+    check_number,
+)
+from wloss_jax.losses._masked import (
+    Axis,
+    Reduction,
+    event_last,
+    guarded,
+    public_loss,
+)
+from wloss_jax.means import WeightedMean
+
+
+@public_loss
+def cosine_distance(
+    predictions: ArrayLike,
+    targets: ArrayLike,
+    *,
+    epsilon: float = 0.0,
+    axis: Axis = -1,
+    **reduction: Unpack[Reduction],
+) -> WeightedMean:
+    """Computes one minus the cosine of the angle between two vectors.
+
+    ``1 - sum_i p_i t_i / (|p| |t|)``
+
+    Args:
+      predictions: floating ``[..., D]``; one vector is one element.
+      targets: floating, of the shape of ``predictions``.
+      epsilon: floor under the squared norms, for vectors of zeros, which are NaN at 0.
+      axis: the axis or axes of a vector; None for all.
+      **reduction: the keywords of `weighted_mean`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import wloss_jax as wl
+      >>> predictions = jnp.array([[1.0, 0.0], [jnp.nan, 0.0]])
+      >>> targets = jnp.array([[0.0, 2.0], [1.0, 1.0]])
+      >>> wl.cosine_distance(predictions, targets, where=jnp.array([True, False]))
+      WeightedMean(mean=1.0, weight=1.0)
+
+    Source:
+      `optax.losses.cosine_distance`.
+    """
+    check_number("epsilon", epsilon, 0)
+    return guarded(_cosine_distance, event_ndim=1)(
+        *event_last(axis, predictions=predictions, targets=targets),
+        epsilon=epsilon,
+        **reduction,
+    )
+
+
+def _cosine_distance(
+    predictions: jax.Array, targets: jax.Array, *, epsilon: float
+) -> jax.Array:
+    def norm(x: jax.Array) -> jax.Array:
+        return jnp.sqrt(jnp.maximum((x**2).sum(axis=-1), epsilon))
+
+    # Two numbers are divided, not two vectors: a third of the time of optax's form.
+    product = (predictions * targets).sum(axis=-1)
+    return 1 - product / (norm(predictions) * norm(targets))
+
+
+@public_loss
+def triplet_margin_loss(
+    anchors: ArrayLike,
+    positives: ArrayLike,
+    negatives: ArrayLike,
+    *,
+    axis: int = -1,
+    norm_degree: float = 2,
+    margin: float = 1.0,
+    eps: float = 1e-6,
+    **reduction: Unpack[Reduction],
+) -> WeightedMean:
+    """Computes the triplet loss: positives nearer to the anchor than negatives.
+
+    ``max(d(anchor, positive) - d(anchor, negative) + margin, 0)`` with
+    ``d(a, b) = (sum_i (a_i - b_i)**n + eps)**(1/n)``
+
+    Args:
+      anchors: floating ``[..., D]``; one triplet is one element.
+      positives: floating, of the same shape.
+      negatives: floating, of the same shape.
+      axis: the axis of an embedding.
+      norm_degree: n, even.
+      margin: by how much nearer.
+      eps: keeps the gradient of a distance of 0 finite.
+      **reduction: the keywords of `weighted_mean`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import wloss_jax as wl
+      >>> anchor, positive = jnp.zeros((1, 2)), jnp.zeros((1, 2))
+      >>> loss = wl.triplet_margin_loss(anchor, positive, jnp.array([[0.0, 0.4]]))
+      >>> print(f"{loss.compute():.2f}")
+      0.60
+
+    Source:
+      `optax.losses.triplet_margin_loss`; Balntas et al., Learning shallow
+      convolutional feature descriptors with triplet losses, 2016.
+    """
+    check_number("norm_degree", norm_degree, 1)
+    check_number("margin", margin)
+    check_number("eps", eps, 0)
+    arrays = event_last(axis, anchors=anchors, positives=positives, negatives=negatives)
+    return guarded(optax.losses.triplet_margin_loss, event_ndim=1, hides_nan=True)(
+        *arrays, norm_degree=norm_degree, margin=margin, eps=eps, **reduction
+    )
