@@ -17,7 +17,7 @@ import optax
 import pytest
 
 import wloss_jax as wl
-from tests import grid
+from tests.oracle import grid
 
 B, L, V = 4, 3, 3
 

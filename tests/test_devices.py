@@ -12,8 +12,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import wloss_jax as wl
-from tests import strategies, two_terms
-from tests.two_terms import make_step
+from tests.oracle import strategies, two_terms
+from tests.oracle.two_terms import make_step
 
 B, L = 16, 6
 PARAMS = two_terms.draw_params()

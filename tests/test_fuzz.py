@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import pytest
 
 import wloss_jax as wl
-from tests import fuzz
+from tests.tools import fuzz
 
 
 def test_thirty_cases_are_the_oracles(capsys):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 
 import wloss_jax as wl
-from tests import strategies, two_terms
+from tests.oracle import strategies, two_terms
 
 B, L = 16, 6
 DIVISORS = (1, 2, 4, 8, 16)

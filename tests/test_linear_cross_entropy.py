@@ -1,7 +1,7 @@
 """linear_cross_entropy.py against the float64 oracle, and what is compiled of it.
 
-Every law that each loss obeys is in `tests.grid` too; here is what only this one has:
-the gradients of kernel and bias, chunks, both forms of the gradient, and devices.
+Every law that each loss obeys is in `tests.oracle.grid` too; here is what only this one
+has: the gradients of kernel and bias, chunks, both forms of the gradient, and devices.
 """
 
 import functools
@@ -19,7 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import wloss_jax as wl
-from tests import reference, strategies
+from tests.oracle import reference, strategies
 from wloss_jax import linear_cross_entropy as module
 
 B, L, D, V = 4, 6, 5, 37  # no chunk below divides B * L, nor V anything

@@ -13,7 +13,7 @@ import pytest
 def test_steps_on_ragged_batches_leave_nothing_behind():
     root = Path(__file__).parents[1]
     done = subprocess.run(
-        [sys.executable, "-m", "tests.long_run", "--steps", "1000"],
+        [sys.executable, "-m", "tests.tools.long_run", "--steps", "1000"],
         cwd=root,
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
         capture_output=True,

@@ -17,7 +17,7 @@ from hypothesis import example, given, settings
 from jax.sharding import Mesh, PartitionSpec
 
 import wloss_jax as wl
-from tests import grid, reference, strategies
+from tests.oracle import grid, reference, strategies
 
 B = L = 4  # equal, so that no law holds by the wrong alignment
 LENGTHS = [4, 0, 2, 3]

@@ -1,11 +1,11 @@
-"""The list of faults does not rot; running it is `python -m tests.mutants`."""
+"""The list of faults does not rot; running it is `python -m tests.tools.mutants`."""
 
 import pathlib
 
 import pytest
 
 import wloss_jax
-from tests import mutants
+from tests.tools import mutants
 
 
 @pytest.mark.parametrize("fault", mutants.FAULTS, ids=lambda fault: fault.name)
@@ -19,7 +19,7 @@ def test_the_text_of_each_fault_occurs_once_and_its_tests_exist(fault):
 def test_a_fault_that_does_not_fit_is_told(tmp_path):
     (tmp_path / "masks.py").write_text("nothing of it")
     fault = next(fault for fault in mutants.FAULTS if fault.module == "masks")
-    with pytest.raises(ValueError, match=r"occurs 0 times in masks\.py"):
+    with pytest.raises(ValueError, match="occurs 0 times in masks, and"):
         mutants.apply(fault, tmp_path)
 
 

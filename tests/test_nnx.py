@@ -13,8 +13,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import wloss_jax as wl
-from tests import two_terms
-from tests.two_terms import COEFFICIENTS
+from tests.oracle import two_terms
+from tests.oracle.two_terms import COEFFICIENTS
 
 B, L = 8, 6
 LENGTHS = [3, 0, 6, 1, 2, 5, 0, 6]

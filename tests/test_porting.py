@@ -13,7 +13,7 @@ import optax
 import pytest
 
 import wloss_jax as wl
-from tests import record_torch
+from tests.tools import record_torch
 
 ARRAYS, ROWS = record_torch.porting_section()
 GOLDEN = json.loads(record_torch.GOLDEN.read_text())
@@ -42,7 +42,9 @@ def names():
 
 def test_the_golden_values_are_of_the_lines_that_the_readme_has():
     recorded = [row["lines"] for row in GOLDEN["rows"]]
-    assert recorded == [row.torch for row in ROWS], "run python -m tests.record_torch"
+    assert recorded == [row.torch for row in ROWS], (
+        "run python -m tests.tools.record_torch"
+    )
 
 
 @pytest.mark.parametrize("i", range(len(ROWS)))

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tests import two_terms
+from tests.oracle import two_terms
 
 SIZE, ROWS = 6, 8  # padded; the rows of a process, on two devices
 LENGTHS = [[6, 5, 6, 4, 6, 3, 1], [1, 0, 2]]  # of each process: 31 tokens, and 3

@@ -5,7 +5,7 @@ import io
 import re
 from pathlib import Path
 
-from tests import peers
+from tests.tools import peers
 
 README = Path(__file__).parents[1] / "README.md"
 

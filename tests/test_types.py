@@ -1,6 +1,6 @@
 """The typed client program runs; that its types hold, mypy says (see pyproject)."""
 
-from tests import typed_client
+from tests.tools import typed_client
 
 
 def test_the_typed_client_runs():

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import wloss_jax as wl
-from tests import strategies
+from tests.oracle import strategies
 
 # Whole numbers, so that sums are exact in float32 in whatever order they are taken.
 whole = st.integers(-1000, 1000).map(float)

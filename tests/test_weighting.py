@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import wloss_jax as wl
-from tests import strategies
+from tests.oracle import strategies
 
 B = 5
 sizes = st.lists(st.integers(0, 9), min_size=B, max_size=B)

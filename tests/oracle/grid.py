@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import wloss_jax as wl
-from tests import reference
+from tests.oracle import reference
 
 CLASSES = 3
 CLASS_WEIGHTS = np.array([0.5, 2.0, 1.25], np.float32)

@@ -1,6 +1,6 @@
 """What other packages make of a ragged batch: the (R) rows of the README's table.
 
-    python -m tests.peers
+    python -m tests.tools.peers
 
 Squared errors of 1, 1, 1, 1 in one sample and 25 in the other, their mean 5.8, by each
 package that is installed: with numbers in the padding, with NaN there, and in two

@@ -1,7 +1,7 @@
 """A small program that uses the public names as a user would, for the type checker.
 
 `assert_type` fails to check where a public function gives another type than it says, or
-`Any`. Run as a program, it does what it says: ``python -m tests.typed_client``.
+`Any`. Run as a program, it does what it says: ``python -m tests.tools.typed_client``.
 """
 
 from typing import Any, assert_type

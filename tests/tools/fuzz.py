@@ -1,7 +1,7 @@
 """Draws losses, data and transformations at random, and asks the float64 oracle.
 
-    python -m tests.fuzz --cases 500              # prints its seed
-    python -m tests.fuzz --seed 7 --case 123      # one of them again
+    python -m tests.tools.fuzz --cases 500          # prints its seed
+    python -m tests.tools.fuzz --seed 7 --case 123  # one of them again
 
 A *program* is all that is static: a loss with its options, dtypes, shapes, keywords,
 and the transformations around it. Compiling takes the time, so cases 8 n to 8 n + 7
@@ -10,7 +10,8 @@ magnitude, and poison wherever nothing counts.
 
 Whatever the reduction, the result is linear in the losses of the elements that count:
 ``value = sum_i a_i loss_i``. So the oracle is a list of these elements, their losses
-and derivatives by `tests.reference`, and a factor ``a_i`` for each, by `factors`.
+and derivatives by `tests.oracle.reference`, and a factor ``a_i`` for each, by
+`factors`.
 """
 
 import argparse
@@ -35,7 +36,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import wloss_jax as wl
-from tests import grid, reference
+from tests.oracle import grid, reference
 
 CASES_PER_PROGRAM = 8
 SHAPES = ((4, 4), (4,), (4, 3, 2))  # of the losses; the first axis is the batch
@@ -845,8 +846,8 @@ def report(seed, number, found, program, data):
         *(f"  {name} = {value}" for name, value in keywords.items()),
         f"  counts = {data.counts.tolist()}; wrong at {data.wrong}",
         "Again, from a shell or from Python:",
-        f"  python -m tests.fuzz --seed {seed} --case {number}",
-        "  from tests import fuzz",
+        f"  python -m tests.tools.fuzz --seed {seed} --case {number}",
+        "  from tests.tools import fuzz",
         f"  found, program, data = fuzz.run_case({seed}, {number})",
         f"  step = fuzz.program_of({seed}, {number // CASES_PER_PROGRAM})[1]",
         "  print(fuzz.call(program, step, data), fuzz.expected(program, data))",

@@ -1,6 +1,6 @@
 """What PyTorch computes from the PyTorch lines of the README's porting section.
 
-    python -m tests.record_torch
+    python -m tests.tools.record_torch
 
 runs them, in float64, and writes ``torch_golden.json``, which test_porting.py holds the
 JAX lines to: the values of the names that both assign, and the gradient of their sum.
@@ -16,7 +16,7 @@ import numpy as np
 
 from tests.test_readme import README, blocks
 
-GOLDEN = Path(__file__).with_name("torch_golden.json")
+GOLDEN = Path(__file__).parents[1] / "oracle" / "torch_golden.json"
 DIFFERENTIABLE = ("pred", "logits", "y_first", "y_second", "scale", "slope", "offset")
 
 

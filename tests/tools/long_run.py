@@ -1,8 +1,8 @@
 """A long training run on ragged batches: what is compiled, and what memory it takes.
 
-``python -m tests.long_run --steps 10000`` prints, ten times, how many programs XLA has
-compiled so far, how many arrays are alive, and the resident memory; all three must
-stand still once every padded length has come up.
+``python -m tests.tools.long_run --steps 10000`` prints, ten times, how many programs
+XLA has compiled so far, how many arrays are alive, and the resident memory; all three
+must stand still once every padded length has come up.
 """
 
 import argparse

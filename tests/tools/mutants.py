@@ -1,7 +1,7 @@
 """Applies deliberate faults to copies of the package, and runs the tests that notice.
 
-    python -m tests.mutants                 # all of them
-    python -m tests.mutants epsilon         # those whose name holds this
+    python -m tests.tools.mutants           # all of them
+    python -m tests.tools.mutants epsilon   # those whose name holds this
 
 First all of these tests run on an unchanged copy, where they must pass.
 """
@@ -17,14 +17,14 @@ import sys
 import tempfile
 from typing import NamedTuple
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 class Fault(NamedTuple):
     """One change to one module, and the tests of one file that should notice."""
 
     name: str
-    module: str
+    module: str  # its path in the package, without .py: "heads", "losses/_masked"
     old: str
     new: str
     test_file: str
@@ -371,7 +371,7 @@ def apply(fault, package):
     found = text.count(fault.old)
     if found != 1:
         raise ValueError(
-            f"{fault.name!r}: its old text occurs {found} times in {path.name}, and "
+            f"{fault.name!r}: its old text occurs {found} times in {fault.module}, and "
             f"must once: {fault.old!r}. Adapt the fault to the code."
         )
     path.write_text(text.replace(fault.old, fault.new))

@@ -1,0 +1,1 @@
+"""Programs beside the tests, each run as ``python -m tests.tools.NAME``."""
