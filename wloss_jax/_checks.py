@@ -1,23 +1,80 @@
 """What an argument must be, and the errors that name it.
 
-Each check takes the argument's name first, and its message says what came, what was
-expected, and how to mend it. chex checks shapes, ranks and dtypes.
+Each check takes the argument's name first, as its message does: `check_value("delta",
+delta > 0, "must be above 0")` raises "`delta` must be above 0". What is raised is an
+AssertionError, as chex raises, and a ValueError or a TypeError too, as Python's own
+functions raise. A message says what came, what was expected, and how to mend it.
+
+chex checks shapes, ranks and dtypes. `chex.disable_asserts()`, which any library may
+call, turns its public assertions off; a wrong call would become a number. So what is
+called here is the function inside of each.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from typing import (
-    Any,
-    cast,
-)
+from collections.abc import Callable, Collection
+from typing import Any, cast
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
+
+
+class ArgumentValueError(AssertionError, ValueError):
+    """An argument of the right type whose value, shape or rank does not fit."""
+
+
+class ArgumentTypeError(AssertionError, TypeError):
+    """An argument of the wrong type or dtype."""
+
+
+# ------------------------------------------------------------- conditions and shapes
+
+
+def check_value(name: str, condition: bool, rest: str) -> None:
+    """Raises "`name` rest" unless ``condition`` holds."""
+    if not condition:
+        raise ArgumentValueError(f"`{name}` {rest}")
+
+
+def check_type(name: str, condition: bool, rest: str) -> None:
+    """Raises "`name` rest", a TypeError, unless ``condition`` holds."""
+    if not condition:
+        raise ArgumentTypeError(f"`{name}` {rest}")
+
+
+def check_shape(name: str, array: Any, shape: tuple[Any, ...], rest: str) -> None:
+    """Raises "`name` rest" unless ``array`` has the ``shape``."""
+    if not _passes(chex.assert_shape, array, shape):
+        raise ArgumentValueError(f"`{name}` {rest}")
+
+
+def check_rank(name: str, array: Any, ranks: Collection[int], rest: str) -> None:
+    """Raises "`name` rest" unless the rank of ``array`` is one of ``ranks``."""
+    if not _passes(chex.assert_rank, array, set(ranks)):
+        raise ArgumentValueError(f"`{name}` {rest}")
+
+
+def check_dtype(name: str, array: Any, kind: type, rest: str) -> None:
+    """Raises "`name` rest" unless ``array`` is of a ``kind``: bool, int or float."""
+    if not _passes(chex.assert_type, array, kind):
+        raise ArgumentTypeError(f"`{name}` {rest}")
+
+
+def _passes(chex_assertion: Callable[..., None], *args: Any) -> bool:
+    assertion = getattr(chex_assertion, "__wrapped__", chex_assertion)
+    try:
+        assertion(*args)
+    except AssertionError:
+        return False
+    return True
+
+
+# -------------------------------------------------------------------------- arrays
 
 _MENDS = {
     bool: "It says which elements count: pass `{0}.astype(bool)` for a 0/1 mask, and "
@@ -29,44 +86,87 @@ _MENDS = {
 
 
 def check_array(name: str, value: object, kind: type | None = None) -> jax.Array:
-    """Takes arrays and numbers of a ``kind``: bool, int, float, or None for any.
+    """Checks that ``value`` is an array or number of a ``kind``, and makes it an array.
 
-    Nothing is guessed at: a list, a string or None is an error. Nothing is cast, but
-    that integers asked for come as 32 bits at least.
+    The kind is bool, int, float, or None for any. Nothing is guessed at: a list, a
+    string or None is an error. Nothing is cast, but that integers asked for come as 32
+    bits at least.
     """
-    chex.assert_equal(
-        _is_numeric(value),
-        True,
-        custom_message=f"`{name}` must be an array of numbers; got "
-        f"{type(value).__name__}. Pass `jnp.asarray(...)` of it, or pad ragged samples "
-        "with `wloss_jax.pad_ragged` first.",
-    )
+    if not _is_numeric(value):
+        raise ArgumentTypeError(f"`{name}` {_not_numeric(value)}")
     array = jnp.asarray(cast(ArrayLike, value))
     if kind is not None:
-        mend = f"`{name}` is {describe(array)}. {_MENDS[kind].format(name)}"
-        chex.assert_type(array, kind, custom_message=mend)
+        check_dtype(
+            name, array, kind, f"is {describe(array)}. {_MENDS[kind].format(name)}"
+        )
     return widen(array) if kind is int else array
 
 
 def check_scalar(name: str, value: object, kind: type | None = None) -> jax.Array:
-    """Takes one number, which may be traced."""
+    """Checks one number, which may be traced."""
     scalar = check_array(name, value, kind)
-    chex.assert_shape(
-        scalar,
-        (),
-        custom_message=f"`{name}` has shape {scalar.shape}: one number is expected.",
-    )
+    check_shape(name, scalar, (), f"has shape {scalar.shape}: one number is expected.")
     return scalar
 
 
 def check_parameters(name: str, tree: Any) -> Any:
-    """Takes a tree of floating arrays, each named by its path."""
+    """Checks a tree of floating arrays, each named by its path."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: check_array(
             f"{name}{jax.tree_util.keystr(path)}", leaf, float
         ),
         tree,
     )
+
+
+def _is_numeric(value: object) -> bool:
+    if isinstance(value, np.ndarray | np.generic | jax.Array):
+        return any(jnp.issubdtype(value.dtype, kind) for kind in _REAL)
+    return isinstance(value, bool | int | float)
+
+
+_REAL = (jnp.bool_, jnp.integer, jnp.floating)
+
+
+def _not_numeric(value: object) -> str:
+    """Says what came instead of an array of real numbers, and how to mend it."""
+    kind = type(value).__name__
+    dtype = getattr(value, "dtype", None)
+    if isinstance(value, complex) or (
+        dtype is not None and jnp.issubdtype(dtype, jnp.complexfloating)
+    ):
+        came = "complex" if dtype is None else str(dtype)
+        return (
+            f"is complex ({came}), and a loss here is of real numbers: take "
+            "`jnp.abs` of it, or pass its real and imaginary parts as two arrays."
+        )
+    if type(value).__module__.startswith("wloss_jax"):
+        return (
+            f"is a `{kind}`, where an array of numbers is due: its mean is "
+            "`.compute()`, its sum `.total`."
+        )
+    if isinstance(value, list | tuple):
+        return (
+            f"must be an array of numbers; got a {kind}. Pass `jnp.asarray(...)` of "
+            "it, or pad ragged samples with `wloss_jax.pad_ragged` first."
+        )
+    if isinstance(value, np.ndarray | np.generic | jax.Array):
+        return f"must be an array of numbers; got one of dtype {dtype}."
+    return f"must be an array of numbers; got {kind}: {value!r}."
+
+
+def widen(integers: jax.Array) -> jax.Array:
+    """Widens to 32 bits: compared with an int8, 300 is 44."""
+    narrow = integers.dtype.itemsize < 4
+    return integers.astype(jnp.int32) if narrow else integers
+
+
+def describe(array: jax.Array) -> str:
+    """Says what came: ``float32[4, 1]``."""
+    return f"{array.dtype}{list(array.shape)}"
+
+
+# ------------------------------------------------------------------------- options
 
 
 def is_integer(value: object) -> bool:
@@ -80,22 +180,17 @@ def is_count(value: object, at_least: int = 0) -> bool:
 
 
 def check_count(name: str, value: object, at_least: int = 0) -> None:
-    """Takes a size: a Python integer, for shapes are static."""
-    chex.assert_equal(
+    """Checks a size: a Python integer, for shapes are static."""
+    check_value(
+        name,
         is_count(value, at_least),
-        True,
-        custom_message=f"`{name}` must be a Python integer of at least {at_least}, "
-        f"below 2**31; got {value!r}.",
+        f"must be a Python integer of at least {at_least}, below 2**31; got {value!r}.",
     )
 
 
 def check_function(name: str, value: object) -> None:
-    """Takes what can be called."""
-    chex.assert_equal(
-        callable(value),
-        True,
-        custom_message=f"`{name}` must be a function (callable); got {value!r}.",
-    )
+    """Checks what is to be called."""
+    check_type(name, callable(value), f"must be a function (callable); got {value!r}.")
 
 
 def check_number(
@@ -106,60 +201,36 @@ def check_number(
     *,
     nan: bool = False,
 ) -> None:
-    """Takes an option: a Python number from ``low`` to ``high``."""
+    """Checks an option: a Python number from ``low`` to ``high``."""
     is_number = isinstance(value, int | float | np.integer | np.floating)
     is_number &= not isinstance(value, bool)
     number = float(cast(float, value)) if is_number else math.nan
-    chex.assert_equal(
+    check_value(
+        name,
         low <= number <= high or (is_number and nan and math.isnan(number)),
-        True,
-        custom_message=f"`{name}` must be a Python number from {low:.4g} to "
-        f"{high:.4g}; got {value!r}.",
+        f"must be a Python number from {low:.4g} to {high:.4g}; got {value!r}.",
     )
 
 
 def check_flag(name: str, value: object) -> None:
-    """Takes a switch: True or False."""
-    chex.assert_equal(
+    """Checks a switch: True or False."""
+    check_type(
+        name,
         isinstance(value, bool | np.bool_),
-        True,
-        custom_message=f"`{name}` must be True or False; got {value!r}.",
+        f"must be True or False; got {value!r}.",
     )
 
 
 def check_label(name: str, value: object) -> None:
-    """Takes a label that stands for something: a Python integer."""
-    chex.assert_equal(
-        is_integer(value),
-        True,
-        custom_message=f"`{name}` must be a Python integer; got {value!r}.",
-    )
+    """Checks a label that stands for something: a Python integer."""
+    check_type(name, is_integer(value), f"must be a Python integer; got {value!r}.")
 
 
 def check_axis(name: str, value: object) -> None:
-    """Takes an axis, a tuple of them, or None."""
+    """Checks an axis, a tuple of them, or None."""
     axes = value if isinstance(value, tuple) else (value,)
-    chex.assert_equal(
+    check_type(
+        name,
         value is None or all(map(is_integer, axes)),
-        True,
-        custom_message=f"`{name}` must be an integer or a tuple of them; got "
-        f"{value!r}.",
+        f"must be an integer or a tuple of them; got {value!r}.",
     )
-
-
-def _is_numeric(value: object) -> bool:
-    if isinstance(value, np.ndarray | np.generic | jax.Array):
-        real = (jnp.bool_, jnp.integer, jnp.floating)
-        return any(jnp.issubdtype(value.dtype, kind) for kind in real)
-    return isinstance(value, bool | int | float)
-
-
-def widen(integers: jax.Array) -> jax.Array:
-    """Widens to 32 bits: compared with an int8, 300 is 44."""
-    narrow = integers.dtype.itemsize < 4
-    return integers.astype(jnp.int32) if narrow else integers
-
-
-def describe(array: jax.Array) -> str:
-    """Says what came: ``float32[4, 1]``."""
-    return f"{array.dtype}{list(array.shape)}"
