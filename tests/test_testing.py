@@ -472,7 +472,7 @@ def test_bad_arguments_of_padding(options, message):
 @pytest.mark.parametrize("law", LAWS[1:])
 def test_bad_batches(law):
     for batch in ({"y": jnp.ones((1, 2))}, {"y": jnp.ones(2), "z": jnp.ones(3)}):
-        with pytest.raises(AssertionError, match="axis 0 of every leaf of `batch`"):
+        with pytest.raises(AssertionError, match="`batch` must have the batch as"):
             law(lambda params, batch: params * batch["y"].sum(), 1.0, batch)
 
 

@@ -8,7 +8,6 @@ from typing import (
     Any,
 )
 
-import chex
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -16,6 +15,9 @@ from jax.typing import ArrayLike
 from wloss_jax._checks import (
     check_parameters,
     check_scalar,
+    check_shape,
+    check_type,
+    check_value,
 )
 from wloss_jax._devices import (
     AxisName,
@@ -155,23 +157,23 @@ def _pad_rows(batch: PyTree, multiple: int) -> tuple[PyTree, PyTree | None]:
     flat, treedef = jax.tree_util.tree_flatten_with_path(batch)
     shapes = {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in flat}
     sizes = {shape[:1] for shape in shapes.values()}
-    chex.assert_equal(
+    check_value(
+        "batch_argnums",
         len(sizes) == 1 and () not in sizes,
-        True,
-        custom_message="axis 0 of every leaf of the batch (see `batch_argnums`) must "
-        f"be the batch, to be cut into {multiple} microbatches; got {shapes}.",
+        "names the batch: axis 0 of every leaf of it must be the batch, to be cut "
+        f"into {multiple} microbatches; got {shapes}.",
     )
     ((size,),) = sizes
     missing = -size % multiple
     if not missing:
         return batch, None
     names = [last_name(path) for path, _ in flat]
-    chex.assert_equal(
+    check_value(
+        "num_microbatches",
         "lengths" in names or "where" in names,
-        True,
-        custom_message=f"`num_microbatches`={multiple} does not divide a batch of "
-        f"{size} rows, and nothing named `lengths` or `where` in it could say that "
-        "padded rows weigh nothing: add one to the batch, or choose a divisor.",
+        f"is {multiple}, which does not divide a batch of {size} rows, and nothing "
+        "named `lengths` or `where` in it could say that padded rows weigh nothing: "
+        "add one to the batch, or choose a divisor.",
     )
     rows = jnp.minimum(jnp.arange(size + missing), size - 1)
     leaves = []
@@ -232,36 +234,36 @@ def _check_value(value: Any) -> None:
     # No other kind of dict: coefficients come in a plain one, and JAX tells the kinds
     # apart.
     means = list(value.values()) if type(value) is dict else [value]
-    chex.assert_equal(
+    check_type(
+        "loss_fn",
         bool(means) and all(map(_is_mean, means)),
-        True,
-        custom_message="`loss_fn` must return a `WeightedMean`, or a dict of them by "
-        f"name, not divided yet; got {value!r}.",
+        "must return a `WeightedMean`, or a dict of them by name, not divided yet; got "
+        f"{value!r}.",
     )
     for mean in means:
-        chex.assert_shape(
+        check_shape(
+            "loss_fn",
             mean.total,
             (),
-            custom_message="`loss_fn` must return scalar `WeightedMean`s: `.merge()` "
-            "the batch axes, after reweighting.",
+            "must return scalar `WeightedMean`s: `.merge()` the batch axes, after "
+            "reweighting.",
         )
 
 
 def _coefficients(value: Any, coefficients: Mapping[str, ArrayLike] | None) -> Any:
     """Factors of the same structure as ``value``."""
-    chex.assert_equal(
+    check_type(
+        "coefficients",
         coefficients is None or isinstance(coefficients, Mapping),
-        True,
-        custom_message="`coefficients` must be a dict of factors by the name of the "
-        f"term; got {coefficients!r}.",
+        f"must be a dict of factors by the name of the term; got {coefficients!r}.",
     )
     named = dict(coefficients or {})
     terms = list(value) if isinstance(value, dict) else []
-    chex.assert_equal(
+    check_value(
+        "coefficients",
         named.keys() <= set(terms),
-        True,
-        custom_message=f"`coefficients` names {sorted(named)}, but the terms that "
-        f"`loss_fn` returns are {terms}; a lone `WeightedMean` has no name.",
+        f"names {sorted(named)}, but the terms that `loss_fn` returns are {terms}; a "
+        "lone `WeightedMean` has no name.",
     )
     if not isinstance(value, dict):
         return 1.0

@@ -19,13 +19,14 @@ from typing import (
     TypeVar,
 )
 
-import chex
 from jax.typing import ArrayLike
 
 from wloss_jax._checks import (
     check_count,
     check_flag,
     check_function,
+    check_type,
+    check_value,
     is_integer,
 )
 from wloss_jax._devices import (
@@ -149,11 +150,10 @@ def value_and_grad(
 def argument_numbers(option: str, numbers: int | Sequence[int]) -> tuple[int, ...]:
     """The numbers in an ``option``, which may be one or a sequence of them."""
     found = numbers if isinstance(numbers, tuple | list) else (numbers,)
-    chex.assert_equal(
+    check_type(
+        option,
         all(map(is_integer, found)),
-        True,
-        custom_message=f"`{option}` must be the number of an argument or a tuple of "
-        f"them; got {numbers!r}.",
+        f"must be the number of an argument or a tuple of them; got {numbers!r}.",
     )
     return tuple(map(int, found))
 
@@ -162,11 +162,10 @@ def split_aux(result: Any, has_aux: bool) -> tuple[Any, Any]:
     """What a loss function returned, as its value and its aux."""
     if not has_aux:
         return result, None
-    chex.assert_equal(
+    check_type(
+        "loss_fn",
         isinstance(result, tuple | list) and len(result) == 2,
-        True,
-        custom_message="with `has_aux`, `loss_fn` must return a pair, the loss and the "
-        f"aux; got {result!r}.",
+        f"must return a pair with `has_aux`, the loss and the aux; got {result!r}.",
     )
     value, aux = result
     return value, aux
@@ -183,19 +182,19 @@ def choose_arguments(
     if num_microbatches == 1:
         batch_argnums = ()  # left as it is, and so free to be differentiated too
     for option, numbers in (("argnums", argnums), ("batch_argnums", batch_argnums)):
-        chex.assert_equal(
+        check_value(
+            option,
             all(0 <= number < len(args) for number in numbers),
-            True,
-            custom_message=f"`{option}` names arguments {tuple(numbers)}, but "
-            f"`loss_fn` was called with {len(args)} positional arguments.",
+            f"names arguments {tuple(numbers)}, but `loss_fn` was called with "
+            f"{len(args)} positional arguments.",
         )
     params = {i: args[i] for i in argnums}
     batch = {i: args[i] for i in batch_argnums}
-    chex.assert_equal(
-        params.keys() & batch.keys(),
-        set(),
-        custom_message="`argnums` and `batch_argnums` must not overlap: a batch "
-        "that is cut into microbatches has no gradient of its own.",
+    check_value(
+        "argnums",
+        not params.keys() & batch.keys(),
+        "and `batch_argnums` must not overlap: a batch that is cut into microbatches "
+        "has no gradient of its own.",
     )
     return params, batch
 

@@ -9,12 +9,11 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
-import chex
 import jax
 from flax import nnx
 from jax.typing import ArrayLike
 
-from wloss_jax._checks import check_flag, check_function
+from wloss_jax._checks import check_flag, check_function, check_type, check_value
 from wloss_jax._devices import AxisName
 from wloss_jax._microbatches import accumulate
 from wloss_jax.gradients import (
@@ -203,10 +202,8 @@ class WeightedMeanMetric(nnx.Metric):
     """
 
     def __init__(self, argname: str = "values"):
-        chex.assert_equal(
-            isinstance(argname, str),
-            True,
-            custom_message=f"`argname` must be a string; got {argname!r}.",
+        check_type(
+            "argname", isinstance(argname, str), f"must be a string; got {argname!r}."
         )
         self.argname = argname
         self.running = nnx.metrics.MetricState(RunningMean.zeros())
@@ -232,12 +229,11 @@ class WeightedMeanMetric(nnx.Metric):
                 f"metric reads; got {sorted(kwargs)}."
             )
         value = kwargs[self.argname]
-        chex.assert_equal(
+        check_type(
+            self.argname,
             isinstance(value, WeightedMean),
-            True,
-            custom_message=f"`{self.argname}` is {type(value).__name__}: pass the "
-            "`WeightedMean` that the loss returns, not its `.compute()`, which has "
-            "lost its weight.",
+            f"is {type(value).__name__}: pass the `WeightedMean` that the loss "
+            "returns, not its `.compute()`, which has lost its weight.",
         )
         self.running.set_value(self.running.get_value().update(value))
 
@@ -259,10 +255,11 @@ def _has_variables(tree: Any) -> bool:
 
 
 def _check_same_variables(before: Any, after: Any) -> None:
-    chex.assert_equal(
-        jax.tree.structure(after),
-        jax.tree.structure(before),
-        custom_message="`loss_fn` creates or removes variables of a module, which "
-        "microbatches, compiled once, cannot: call the module once before, take "
-        "`sow` out, or use `num_microbatches=1`.",
+    structures = {jax.tree.structure(tree) for tree in (before, after)}
+    check_value(
+        "loss_fn",
+        len(structures) == 1,
+        "creates or removes variables of a module, which microbatches, compiled once, "
+        "cannot: call the module once before, take `sow` out, or use "
+        "`num_microbatches=1`.",
     )

@@ -7,7 +7,6 @@ from typing import (
     Any,
 )
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +14,7 @@ from jax.typing import ArrayLike
 
 from wloss_jax._checks import (
     check_array,
+    check_value,
 )
 from wloss_jax._microbatches import last_name
 from wloss_jax.masks import (
@@ -99,11 +99,11 @@ def _scale_weights(batch: PyTree, scale: float) -> PyTree:
 
 def check_masks(batch: PyTree, where: PyTree) -> list[Any]:
     """The masks, a NumPy array or None for each leaf of the batch."""
-    chex.assert_equal(
-        jax.tree.structure(where, is_leaf=is_none),
-        jax.tree.structure(batch, is_leaf=is_none),
-        custom_message="`where` must be a tree like `batch`, with None for the leaves "
-        "that have no mask.",
+    structures = [jax.tree.structure(tree, is_leaf=is_none) for tree in (where, batch)]
+    check_value(
+        "where",
+        len(set(structures)) == 1,
+        "must be a tree like `batch`, with None for the leaves that have no mask.",
     )
     checked = []
     masks = jax.tree.leaves(where, is_leaf=is_none)
@@ -113,10 +113,10 @@ def check_masks(batch: PyTree, where: PyTree) -> list[Any]:
             expand_leading(f"where{name}", mask, np.shape(leaf))
             mask = np.asarray(mask)
         checked.append(mask)
-    chex.assert_equal(
+    check_value(
+        "where",
         any(not mask.all() for mask in checked if mask is not None),
-        True,
-        custom_message="`where` masks nothing: hand in a batch with padding.",
+        "masks nothing: hand in a batch with padding.",
     )
     return checked
 
@@ -124,20 +124,20 @@ def check_masks(batch: PyTree, where: PyTree) -> list[Any]:
 def check_rows(batch: PyTree) -> int:
     shapes = {name: np.shape(leaf) for name, leaf in by_path(batch).items()}
     sizes = {shape[:1] for shape in shapes.values()}
-    chex.assert_equal(
+    check_value(
+        "batch",
         len(sizes) == 1 and () not in sizes and min(sizes) > (1,),
-        True,
-        custom_message="axis 0 of every leaf of `batch` must be the batch, of at least "
-        f"2 rows; got {shapes}.",
+        f"must have the batch as axis 0 of every leaf, of at least 2 rows; got "
+        f"{shapes}.",
     )
     return int(next(iter(shapes.values()))[0])
 
 
 def check_finite(outcome: Outcome, what: str) -> None:
-    chex.assert_equal(
+    check_value(
+        "loss_fn",
         outcome.is_finite(),
-        True,
-        custom_message=f"with {what}, the loss or its gradient is not finite, so that "
-        "nothing can be compared: look for NaN at an element that counts, or for a "
-        f"division by 0. The means: {outcome.means}.",
+        f"gives, with {what}, a loss or gradient that is not finite, so that nothing "
+        "can be compared: look for NaN at an element that counts, or for a division by "
+        f"0. The means: {outcome.means}.",
     )

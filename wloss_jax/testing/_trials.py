@@ -10,7 +10,6 @@ from typing import (
     NoReturn,
 )
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +19,7 @@ from wloss_jax._checks import (
     check_function,
     check_number,
     check_parameters,
+    check_type,
 )
 from wloss_jax.gradients import value_and_grad
 from wloss_jax.means import WeightedMean
@@ -70,11 +70,11 @@ class Trial:
         shape = jax.eval_shape(loss_fn, params, batch)
         terms = list(shape.values()) if isinstance(shape, dict) else [shape]
         are_means = [isinstance(term, WeightedMean) for term in terms]
-        chex.assert_equal(
+        check_type(
+            "loss_fn",
             all(are_means) if any(are_means) else all(map(_is_scalar, terms)),
-            True,
-            custom_message="`loss_fn` must return a floating scalar, a `WeightedMean`, "
-            f"or a dict of one or the other; got {shape!r}.",
+            "must return a floating scalar, a `WeightedMean`, or a dict of one or the "
+            f"other; got {shape!r}.",
         )
         self.is_scalar = not any(are_means)
         self.loss_fn = loss_fn

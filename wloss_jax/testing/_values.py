@@ -11,6 +11,7 @@ from wloss_jax._checks import (
     check_array,
     check_count,
     check_label,
+    check_value,
 )
 from wloss_jax.masks import (
     is_label,
@@ -128,12 +129,13 @@ def _check_values(
     index = jnp.unravel_index(first, array.shape)
     place = f"[{', '.join(['{}'] * array.ndim)}]"
     count = bad.sum()
-    # The one can be traced, the other has the shorter message.
-    is_traced = isinstance(count, jax.core.Tracer)
-    check = chex.assert_trees_all_equal if is_traced else chex.assert_equal
-    check(
-        count if is_traced else int(count),
-        jnp.zeros_like(count) if is_traced else 0,
-        custom_message=f"`{name}` {what} at {place}: {{}}. {mend}",
+    message = f"{what} at {place}: {{}}. {mend}"
+    if not isinstance(count, jax.core.Tracer):
+        check_value(name, not count, message.format(*index, array.ravel()[first]))
+        return
+    chex.assert_trees_all_equal(
+        count,
+        jnp.zeros_like(count),
+        custom_message=f"`{name}` {message}",
         custom_message_format_vars=(*index, array.ravel()[first]),
     )
