@@ -20,7 +20,7 @@ from wloss_jax import testing
 from wloss_jax._multi_steps import multi_steps
 from wloss_jax.gradients import value_and_grad
 from wloss_jax.heads import select_head
-from wloss_jax.linear_cross_entropy import linear_softmax_cross_entropy
+from wloss_jax.linear import linear_softmax_cross_entropy
 from wloss_jax.losses import (
     absolute_error,
     cosine_distance,

@@ -1,4 +1,4 @@
-"""linear_cross_entropy.py against the float64 oracle, and what is compiled of it.
+"""The linear cross-entropy against the float64 oracle, and what is compiled of it.
 
 Every law that each loss obeys is in `tests.oracle.grid` too; here is what only this one
 has: the gradients of kernel and bias, chunks, both forms of the gradient, and devices.
@@ -20,7 +20,8 @@ from jax.sharding import PartitionSpec as P
 
 import wloss_jax as wl
 from tests.oracle import reference, strategies
-from wloss_jax import linear_cross_entropy as module
+from wloss_jax.linear import _chunks, _programs
+from wloss_jax.linear._primitives import Device
 
 B, L, D, V = 4, 6, 5, 37  # no chunk below divides B * L, nor V anything
 OPTIONS = {
@@ -301,14 +302,14 @@ def test_one_sample_and_one_token():
 def rounds_of(monkeypatch, call):
     """The sizes of the chunks that the loops go round with."""
     rounds = []
-    logits = module._logits
+    logits = _programs.logits_of
 
     def counting(x, *arguments):
         if not isinstance(x, jax.core.Tracer):
             rounds.append(x.shape[0])
         return logits(x, *arguments)
 
-    monkeypatch.setattr(module, "_logits", counting)
+    monkeypatch.setattr(_programs, "logits_of", counting)
     with jax.disable_jit():
         call()
     return rounds
@@ -398,7 +399,7 @@ def test_memory_is_that_of_a_chunk():
     ],
 )
 def test_chunk_size_by_device_and_tokens(platform, tokens, features, expected):
-    assert module._chunk_size(module._Device(platform), tokens, features) == expected
+    assert _chunks.chunk_size_of(Device(platform), tokens, features) == expected
 
 
 def lowered(platform, num_devices=1):

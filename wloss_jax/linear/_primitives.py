@@ -1,0 +1,124 @@
+"""Primitives: functions of arrays that are traced when they are lowered.
+
+Only then are the platform and the number of devices known. All that stands on JAX's
+less public modules is in this file:
+
+- `jax.extend.core.Primitive`: with ``multiple_results``, its rules for evaluation and
+  for types (``def_impl``, ``def_abstract_eval``);
+- `jax.interpreters.mlir`: ``lower_fun``, ``register_lowering``, and what the context of
+  a lowering says of devices (``axis_context``);
+- `jax.interpreters.ad`: the registries of jvp and transposition, and symbolic zeros;
+- `jax.interpreters.batching`: the registry of rules for `jax.vmap` that are told the
+  axis (``fancy_primitive_batchers``);
+- ``manual_axis_type`` of the type of an array: over which mapped axes it varies.
+
+When JAX moves one of these, the first tests to fail are those of
+``tests/test_linear_primitives.py``, each of which uses one.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jax.typing import ArrayLike
+
+
+class Device(NamedTuple):
+    """What is known once a program is lowered."""
+
+    platform: str
+    num_devices: int = 1  # that the compiler may spread the program over
+    mesh: Any = None
+
+
+def make_primitive(name: str, function: Callable[..., list[jax.Array]]) -> Primitive:
+    """Makes a primitive of a function that wants to know its device.
+
+    The function is called as ``function(*arrays, device=device, **params)`` once it is
+    known where the program will run, and returns a list of arrays.
+    """
+    primitive = Primitive(f"linear_{name}")
+    primitive.multiple_results = True
+
+    def run(*arrays: ArrayLike, **params: Any) -> list[jax.Array]:
+        # Outside of a jit, constants may come as NumPy's arrays.
+        device = Device(jax.default_backend())
+        return function(*map(jnp.asarray, arrays), device=device, **params)
+
+    def infer(*avals: Any, **params: Any) -> Any:
+        on_device = functools.partial(function, device=Device("cpu"), **params)
+        return jax.make_jaxpr(on_device)(*avals).out_avals
+
+    def lower(platform: str, ctx: Any, *arrays: Any, **params: Any) -> Any:
+        device = _lowered_for(platform, ctx.module_context.axis_context)
+        on_device = functools.partial(function, device=device, **params)
+        with jax.default_matmul_precision(params["options"].matmul_precision):
+            return mlir.lower_fun(on_device, multiple_results=True)(ctx, *arrays)
+
+    primitive.def_impl(run)
+    primitive.def_abstract_eval(infer)
+    for platform in ("cpu", "cuda", "rocm", "tpu"):
+        rule = functools.partial(lower, platform)
+        mlir.register_lowering(primitive, rule, platform=platform)
+    return primitive
+
+
+def _lowered_for(platform: str, context: Any) -> Device:
+    if isinstance(context, mlir.SPMDAxisContext):
+        # Under `jax.shard_map` the program is one device's, but for the axes left out.
+        sizes = dict(context.mesh.shape)
+        left_out = [sizes[name] for name in sizes if name not in context.manual_axes]
+        return Device(platform, math.prod(left_out))
+    if isinstance(context, mlir.ShardingContext):
+        return Device(platform, context.num_devices, context.abstract_mesh)
+    return Device(platform)
+
+
+# ---------------------------------------------------------------- rules of a primitive
+
+
+def on_jvp(primitive: Primitive, rule: Callable[..., Any]) -> None:
+    """Registers ``rule(primals, tangents, **params) -> (outs, changes)``."""
+    ad.primitive_jvps[primitive] = rule
+
+
+def on_transpose(primitive: Primitive, rule: Callable[..., Any]) -> None:
+    """Registers ``rule(cotangents, *arrays, **params) -> cotangents of arrays``."""
+    ad.primitive_transposes[primitive] = rule
+
+
+def on_vmap(primitive: Primitive, rule: Callable[..., Any]) -> None:
+    """Registers ``rule(axis, arrays, dims, **params) -> (outs, dims)``."""
+    batching.fancy_primitive_batchers[primitive] = rule
+
+
+def is_zero(tangent: Any) -> bool:
+    """Whether a tangent or cotangent is one that JAX knows to be 0."""
+    return type(tangent) is ad.Zero
+
+
+def zero_like(x: Any) -> Any:
+    """Gives such a tangent of 0 for an array."""
+    return ad.Zero(jax.typeof(x))
+
+
+def filled(tangent: Any) -> Any:
+    """Makes an array of such a tangent of 0."""
+    return ad.instantiate_zeros(tangent)
+
+
+def is_linear_input(array: Any) -> bool:
+    """Whether this input of a rule for transposition is one to be solved for."""
+    return bool(ad.is_undefined_primal(array))
+
+
+def varying(x: Any) -> frozenset[str]:
+    aval = x if isinstance(x, jax.core.ShapedArray) else jax.typeof(x)
+    return cast(frozenset[str], aval.manual_axis_type.varying)
