@@ -12,8 +12,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
-import wloss_jax as wl
-
 FOLDER = Path(__file__).with_name("pictures")
 # Readable on white and on black, as nothing is drawn behind the pictures.
 TEXT, BLUE, ORANGE, FAINT = "#7f868e", "#3182ce", "#dd6b20", "#a0a8b04d"
@@ -34,11 +32,8 @@ BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 def evaluate() -> tuple[list[float], list[float]]:
     """Trains the model; its MAE at every batch size, weighted and as mean of means."""
-    options = two_head.parse([])
-    profiles = two_head.load(options)
-    train, test = two_head.rna.hold_back(profiles)
-    lengths = [len(profile.sequence) for profile in profiles]
-    buckets = wl.bucket_sizes(lengths, two_head.NUM_BUCKETS, multiple_of=8)
+    options = two_head.parse([], two_head.__doc__)
+    train, test, buckets = two_head.load(options, two_head.NUM_BUCKETS)
     model, *_ = two_head.train_model(train, test, buckets, options)
     means = [two_head.evaluate(model, test, buckets, size) for size in BATCH_SIZES]
     weighted, of_means = (
