@@ -44,3 +44,8 @@ def test_the_pictures_are_drawn(monkeypatch, tmp_path):
     checked_in = ROOT / "examples" / "pictures"
     assert drawn == ["evaluation.svg", "flow.svg"]
     assert all((checked_in / name).is_file() for name in drawn)
+
+
+def test_the_main_example_is_short_enough_to_copy_from():
+    example = (ROOT / "examples" / "train_two_head.py").read_text()
+    assert len(example.splitlines()) <= 250

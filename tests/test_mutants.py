@@ -11,15 +11,17 @@ from tests.tools import mutants
 @pytest.mark.parametrize("fault", mutants.FAULTS, ids=lambda fault: fault.name)
 def test_the_text_of_each_fault_occurs_once_and_its_tests_exist(fault):
     package = pathlib.Path(wloss_jax.__file__).parent
-    assert (package / f"{fault.module}.py").read_text().count(fault.old) == 1
+    assert mutants.occurrences(fault, package).get(fault.module) == 1
     assert fault.new != fault.old
     assert pathlib.Path(__file__).with_name(f"{fault.test_file}.py").exists()
 
 
 def test_a_fault_that_does_not_fit_is_told(tmp_path):
-    (tmp_path / "masks.py").write_text("nothing of it")
     fault = next(fault for fault in mutants.FAULTS if fault.module == "masks")
-    with pytest.raises(ValueError, match="occurs 0 times in masks, and"):
+    (tmp_path / "masks.py").write_text("nothing of it")
+    (tmp_path / "losses").mkdir()
+    (tmp_path / "losses" / "_masked.py").write_text(2 * fault.old)
+    with pytest.raises(ValueError, match=r"once in 'masks', .* {'losses/_masked': 2}"):
         mutants.apply(fault, tmp_path)
 
 

@@ -37,7 +37,7 @@ FAULTS = [
     # what counts
     Fault(
         "mask on the output only",
-        "losses",
+        "losses/_masked",
         "make_safe(array, mask, i) if of_user else freeze(array, mask)",
         "array",
         GRID,
@@ -45,7 +45,7 @@ FAULTS = [
     ),
     Fault(
         "mask on the output only, of a loss of ours",
-        "losses",
+        "losses/_masked",
         "make_safe(array, mask, i) if of_user else freeze(array, mask)",
         "make_safe(array, mask, i) if of_user else array",
         GRID,
@@ -61,7 +61,7 @@ FAULTS = [
     ),
     Fault(
         "mask by multiplication",
-        "weighted_mean",
+        "means",
         "values = jnp.where(mask, values, 0)",
         "values = values * mask",
         GRID,
@@ -69,7 +69,7 @@ FAULTS = [
     ),
     Fault(
         "weights masked by multiplication",
-        "weighted_mean",
+        "means",
         "weights = jnp.where(mask, weights, 0)",
         "weights = weights * mask",
         GRID,
@@ -101,7 +101,7 @@ FAULTS = [
     ),
     Fault(
         "segment 0 takes what pads the rows of a device",
-        "weighted_mean",
+        "means",
         "jax.ops.segment_sum(x.ravel(), ids.ravel() + 1, num_segments + 1)\n"
         "    return sums[1:]",
         "jax.ops.segment_sum(x.ravel(), ids.ravel(), num_segments)\n    return sums",
@@ -110,7 +110,7 @@ FAULTS = [
     ),
     Fault(
         "narrow sentinels compared as narrow ones",
-        "masks",
+        "_checks",
         "return integers.astype(jnp.int32) if narrow else integers",
         "return integers",
         "test_masks",
@@ -118,7 +118,7 @@ FAULTS = [
     ),
     Fault(
         "ignored labels count",
-        "losses",
+        "losses/_labels",
         "counts = ~is_label(labels, ignore_index)",
         "counts = labels == labels",
         GRID,
@@ -126,7 +126,7 @@ FAULTS = [
     ),
     Fault(
         "a label of -1 wraps",
-        "losses",
+        "losses/_labels",
         "return nan_unless((labels >= 0) & (labels < num_classes))",
         "return nan_unless(labels < num_classes)",
         GRID,
@@ -134,7 +134,7 @@ FAULTS = [
     ),
     Fault(
         "NaN that counts has no gradient",
-        "losses",
+        "losses/_masked",
         "if hides_nan:",
         "if False:",
         GRID,
@@ -151,7 +151,7 @@ FAULTS = [
     # the denominator
     Fault(
         "clamp at 1",
-        "weighted_mean",
+        "means",
         "mean = self.total / jnp.where(is_empty, jnp.ones_like(weight), weight)",
         "mean = self.total / jnp.maximum(weight, 1)",
         "test_weighted_mean",
@@ -159,7 +159,7 @@ FAULTS = [
     ),
     Fault(
         "epsilon in the denominator",
-        "weighted_mean",
+        "means",
         "mean = self.total / jnp.where(is_empty, jnp.ones_like(weight), weight)",
         "mean = self.total / (weight + 1e-8)",
         "test_weighted_mean",
@@ -167,7 +167,7 @@ FAULTS = [
     ),
     Fault(
         "nothing divided by nothing",
-        "weighted_mean",
+        "means",
         "is_empty = weight == 0",
         "is_empty = weight < 0",
         "test_weighted_mean",
@@ -175,7 +175,7 @@ FAULTS = [
     ),
     Fault(
         "gradient through the weight",
-        "weighted_mean",
+        "means",
         "weight = jax.lax.stop_gradient(self.weight)\n        is_empty",
         "weight = self.weight\n        is_empty",
         "test_weighted_mean",
@@ -183,7 +183,7 @@ FAULTS = [
     ),
     Fault(
         "count in bfloat16",
-        "weighted_mean",
+        "means",
         "return WeightedMean(add_up(values), count.astype(dtype))",
         "return WeightedMean(add_up(values), count.astype(jnp.bfloat16))",
         "test_weighted_mean",
@@ -191,7 +191,7 @@ FAULTS = [
     ),
     Fault(
         "sum in the dtype of the values",
-        "weighted_mean",
+        "means",
         "dtype = jnp.result_type(values, jnp.float32)",
         "dtype = values.dtype",
         "test_weighted_mean",
@@ -199,7 +199,7 @@ FAULTS = [
     ),
     Fault(
         "an empty entry is given weight by a scheme",
-        "weighted_mean",
+        "means",
         "weight = jnp.where(is_empty, 0, jax.lax.stop_gradient(weight))",
         "weight = jax.lax.stop_gradient(weight)",
         "test_weighted_mean",
@@ -207,7 +207,7 @@ FAULTS = [
     ),
     Fault(
         "class weights without the others",
-        "losses",
+        "losses/_labels",
         'return own * expand_leading("weights", weights, labels.shape)',
         "return own",
         GRID,
@@ -215,7 +215,7 @@ FAULTS = [
     ),
     Fault(
         "a kernel mapped like data",
-        "losses",
+        "losses/_masked",
         '_UNMAPPED = ("kernel", "bias", "class_weights")',
         '_UNMAPPED = ("bias", "class_weights")',
         GRID,
@@ -223,7 +223,7 @@ FAULTS = [
     ),
     Fault(
         "the gradient of |x| at 0 is 1",
-        "losses",
+        "losses/_regression",
         "return errors * jax.lax.stop_gradient(jnp.sign(errors))",
         "return jnp.abs(errors)",
         GRID,
@@ -232,7 +232,7 @@ FAULTS = [
     # microbatches and devices
     Fault(
         "mean of means over microbatches",
-        "gradients",
+        "_microbatches",
         "c * WeightedMean(mean.total, weight).compute()",
         "c * mean.compute() / num_microbatches",
         "test_gradients",
@@ -240,7 +240,7 @@ FAULTS = [
     ),
     Fault(
         "coefficients forgotten",
-        "gradients",
+        "_microbatches",
         "c * WeightedMean(mean.total, weight).compute()",
         "WeightedMean(mean.total, weight).compute()",
         "test_devices",
@@ -248,7 +248,7 @@ FAULTS = [
     ),
     Fault(
         "padded rows count",
-        "gradients",
+        "_microbatches",
         "padded = padded.at[size:].set(False)",
         "padded = padded.at[size:].get() if False else padded",
         "test_gradients",
@@ -256,7 +256,7 @@ FAULTS = [
     ),
     Fault(
         "padded rows that weigh are not told",
-        "gradients",
+        "_microbatches",
         "return jnp.where(padding == 0, weight, jnp.nan)",
         "return weight",
         "test_gradients",
@@ -264,7 +264,7 @@ FAULTS = [
     ),
     Fault(
         "gradients added up in the dtype of the parameters",
-        "gradients",
+        "_microbatches",
         "return jnp.where(False, param, 0).astype(dtype)",
         "return jnp.where(False, param, 0).astype(param.dtype)",
         "test_gradients",
@@ -272,7 +272,7 @@ FAULTS = [
     ),
     Fault(
         "missing psum of weights",
-        "gradients",
+        "_microbatches",
         "weights = psum(_weights(value), axes)",
         "weights = _weights(value)",
         "test_devices",
@@ -280,7 +280,7 @@ FAULTS = [
     ),
     Fault(
         "missing psum of weights, with microbatches",
-        "gradients",
+        "_microbatches",
         "weights = psum(weights, axes)",
         "weights = weights",
         "test_devices",
@@ -288,7 +288,7 @@ FAULTS = [
     ),
     Fault(
         "missing psum of gradients",
-        "gradients",
+        "_microbatches",
         "return psum(grad.astype(dtype), axes).astype(param.dtype)",
         "return grad.astype(dtype).astype(param.dtype)",
         "test_devices",
@@ -296,7 +296,7 @@ FAULTS = [
     ),
     Fault(
         "missing psum of totals",
-        "gradients",
+        "_microbatches",
         "WeightedMean(psum(mean.total, axes), weight)",
         "WeightedMean(mean.total, weight)",
         "test_devices",
@@ -304,7 +304,7 @@ FAULTS = [
     ),
     Fault(
         "parameters that do not vary, summed twice",
-        "gradients",
+        "_microbatches",
         "varying = jax.tree.map(lambda x: vary(x, axes), params)",
         "varying = params",
         "test_devices",
@@ -313,7 +313,7 @@ FAULTS = [
     # across steps
     Fault(
         "calls count alike",
-        "accumulation",
+        "_multi_steps",
         "term = scalar.astype(total.dtype) * jnp.asarray(grad, total.dtype)",
         "term = jnp.asarray(grad, total.dtype)",
         "test_accumulation",
@@ -321,7 +321,7 @@ FAULTS = [
     ),
     Fault(
         "a call of no weight adds its NaN",
-        "accumulation",
+        "_multi_steps",
         "return jnp.where(scalar == 0, total, total + term)",
         "return total + term",
         "test_accumulation",
@@ -329,7 +329,7 @@ FAULTS = [
     ),
     Fault(
         "what rounding leaves over is dropped",
-        "accumulation",
+        "running_mean",
         "return _two_sum(high, error + (a_low + b_low))",
         "return _two_sum(high, 0 * error)",
         "test_accumulation",
@@ -364,17 +364,25 @@ FAULTS = [
 ]
 
 
+def occurrences(fault, package):
+    """How often each module holds the text that the fault replaces."""
+    return {
+        path.relative_to(package).with_suffix("").as_posix(): count
+        for path in package.rglob("*.py")
+        if (count := path.read_text().count(fault.old))
+    }
+
+
 def apply(fault, package):
     """Writes the fault into a copy of the package."""
-    path = package / f"{fault.module}.py"
-    text = path.read_text()
-    found = text.count(fault.old)
-    if found != 1:
+    counts = occurrences(fault, package)
+    if counts.get(fault.module) != 1:
         raise ValueError(
-            f"{fault.name!r}: its old text occurs {found} times in {fault.module}, and "
-            f"must once: {fault.old!r}. Adapt the fault to the code."
+            f"{fault.name!r}: its old text must occur once in {fault.module!r}, and "
+            f"occurs this often: {counts}. Adapt the fault to the code: {fault.old!r}"
         )
-    path.write_text(text.replace(fault.old, fault.new))
+    path = package / f"{fault.module}.py"
+    path.write_text(path.read_text().replace(fault.old, fault.new))
 
 
 def copied(directory):
