@@ -544,10 +544,6 @@ TABLE = {
         "`num_microbatches`",
         lambda: step(num_microbatches="2"),
     ),
-    "a k that does not divide": (
-        "`num_microbatches`",
-        lambda: step(batch=uncut, num_microbatches=2),
-    ),
     "a batch of several sizes": (
         "batch_argnums",
         lambda: step(batch=batch | {"y": FLOATS[:2]}, num_microbatches=2),

@@ -274,13 +274,16 @@ def test_parameters_that_shard_map_gathers(num_microbatches):
 
 def aux_loss_fn(params, batch):
     means = two_terms.loss_fn(params, batch)
-    return means, {"means": means, "lengths": batch["lengths"], "rows": jnp.int32(2)}
+    ones = jnp.ones(batch["number"].shape)
+    samples = wl.per_sample(wl.weighted_mean)(ones, lengths=batch["lengths"])
+    aux = {"lengths": batch["lengths"], "samples": samples, "rows": jnp.int32(2)}
+    return means, aux | {"means": means}
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_means_in_aux_are_added_up_over_devices_and_the_rest_stays(check_vma):
     step = make_step(aux_loss_fn, has_aux=True, num_microbatches=2, axis_name="data")
-    aux_specs = {"means": P(), "lengths": P(None, "data"), "rows": P()}
+    aux_specs = {"means": P(), "lengths": P("data"), "samples": P("data"), "rows": P()}
     step = jax.shard_map(
         step,
         mesh=line(4),
@@ -292,8 +295,7 @@ def test_means_in_aux_are_added_up_over_devices_and_the_rest_stays(check_vma):
     two_terms.assert_exact((value, grads), EXPECTED)
     two_terms.assert_exact((aux["means"], grads), EXPECTED)
     assert aux["rows"].tolist() == [2, 2]
-    # Microbatch i has the rows i and i + 2 of each device, which has 4.
-    assert aux["lengths"].tolist() == [LENGTHS[0::2], LENGTHS[1::2]]
+    assert aux["lengths"].tolist() == aux["samples"].weight.tolist() == LENGTHS
 
 
 @pytest.mark.parametrize("check_vma", [True, False])

@@ -107,63 +107,68 @@ def test_schemes_are_exact_at_every_split(scheme):
             assert_close(grad, gradient / weight)
 
 
-# ------------------------------------------------------- rows that make k divide
+# -------------------------------------------------- where k does not divide the batch
 
 
-def test_padded_rows_are_copies_under_a_length_of_zero():
+def test_every_row_is_seen_and_none_is_made_up():
     seen = []
 
     def loss_fn(param, batch):
-        jax.debug.callback(lambda x, n: seen.append((x, n)), batch["x"], batch["n"])
-        return weighted_sum(param, {"x": batch["x"], "lengths": batch["lengths"]})
+        jax.debug.callback(lambda x: seen.append(x.ravel().tolist()), batch["x"])
+        return weighted_sum(param, batch)
 
     batch = {
         "x": np.arange(1.0, 6.0, dtype=np.float32)[:, None],
-        "n": np.arange(5),
         "lengths": np.ones(5, int),
     }
-    value, grad = wl.value_and_grad(loss_fn, num_microbatches=4)(1.0, batch)
-    assert_close((value.compute(), value.weight, grad), (3.0, 5.0, 3.0))
-    jax.effects_barrier()
-    assert {float(x) for xs, _ in seen for x in xs.ravel()} == {1, 2, 3, 4, 5}
+    for k, rows in (
+        (2, [[1, 3, 5], [2, 4]]),
+        (4, [[1, 5], [2], [3], [4]]),
+        (9, [[1], [2], [3], [4], [5]]),
+    ):
+        seen.clear()
+        step = wl.value_and_grad(loss_fn, num_microbatches=k)
+        value, grad = jax.jit(step)(1.0, batch)
+        assert_close((value.compute(), value.weight, grad), (3.0, 5.0, 3.0))
+        jax.effects_barrier()
+        assert sorted(seen) == sorted(2 * rows)  # once for the weights
 
 
-@pytest.mark.parametrize("name", ["lengths", "where"])
-def test_the_name_may_be_that_of_an_argument(name):
-    x = np.arange(1.0, 6.0, dtype=np.float32)[:, None]
-    mask = {"lengths": np.ones(5, int), "where": np.ones((5, 1), bool)}[name]
-    if name == "lengths":
+def test_a_model_that_divides_by_lengths_and_a_loss_without_a_mask():
+    """Neither has anything to say of rows that are not there."""
 
-        def loss_fn(lengths, param, x):
-            return wl.weighted_mean(param * x, lengths=lengths)
-    else:
-
-        def loss_fn(where, param, x):
-            return wl.weighted_mean(param * x, where=where)
-
-    step = wl.value_and_grad(
-        loss_fn, argnums=1, batch_argnums=(0, 2), num_microbatches=3
-    )
-    value, grad = jax.jit(step)(mask, 1.0, x)
-    assert_close((value.compute(), grad), (3.0, 3.0))
-
-
-def test_a_term_that_gives_padded_rows_weight_is_nan_and_the_others_are_not():
     def loss_fn(param, batch):
-        terms = {
-            "blind": wl.weighted_mean(param * batch["x"]),
-            "seeing": weighted_sum(param, batch),
-        }
-        return terms, terms
+        of_rows = param * batch["x"].sum(1) / batch["lengths"]
+        return {"mean": wl.weighted_mean(of_rows), "l2": wl.WeightedMean(param**2, 1.0)}
 
-    batch = {"x": np.ones((5, 2), np.float32), "lengths": np.full(5, 2)}
-    for k, is_nan in ((1, False), (5, False), (2, True)):
-        step = wl.value_and_grad(loss_fn, has_aux=True, num_microbatches=k)
-        (value, aux), grad = jax.jit(step)(1.0, batch)
-        for means in value, aux:
-            assert np.isnan(means["blind"].compute()) == is_nan
-            assert_close((means["seeing"].compute(), means["seeing"].weight), (1, 10))
-        assert np.isnan(grad) == is_nan
+    batch = {"x": np.ones((5, 2), np.float32), "lengths": np.array([1, 2, 1, 2, 1])}
+    for k in 1, 2, 3, 5:
+        step = jax.jit(wl.value_and_grad(loss_fn, num_microbatches=k))
+        value, grad = step(3.0, batch)
+        assert_close((value["mean"].compute(), value["mean"].weight), (4.8, 5))
+        assert_close((value["l2"].compute(), grad), (9.0, 7.6))
+
+
+def test_a_weight_that_does_not_see_the_size_of_microbatches_is_told():
+    def of_weight(weight):
+        return lambda p, b: wl.WeightedMean((p * b["x"]).sum(), weight(p, b))
+
+    batch = {"x": np.ones((5, 2), np.float32)}
+
+    def run(loss_fn, k=2, **options):
+        return jax.jit(wl.value_and_grad(loss_fn, num_microbatches=k, **options))(
+            2.0, batch
+        )
+
+    with pytest.raises(ValueError, match=r"`loss_fn` returns .* of weight 1\.0 for"):
+        run(of_weight(lambda p, b: 1.0))
+    # No false alarms: microbatches of one size, a count, a weight of the model, a sum.
+    run(of_weight(lambda p, b: 1.0), k=5)
+    run(of_weight(lambda p, b: b["x"].size))
+    run(of_weight(lambda p, b: jax.lax.stop_gradient(p)))
+    run(of_weight(lambda p, b: b["x"].sum()))
+    value, grad = run(of_weight(lambda p, b: 1.0), combine=lambda m, p: m.total)
+    assert_close((value, grad), (20.0, 10.0))
 
 
 # ---------------------------------------------------------------- what it is given
@@ -263,11 +268,16 @@ def test_dropout_with_a_key_a_sample_is_the_same_at_every_split(make_key):
 
 def loss_with_aux(param, batch):
     mean = weighted_sum(param, batch)
+    per_sample = wl.per_sample(wl.weighted_mean)
     aux = {
+        # Two groups, and a batch or microbatches of two rows among those below.
         "heads": wl.weighted_mean(
             batch["x"], segment_ids=batch["head"], num_segments=2
         ),
+        "groups": jnp.zeros(2) + param,
+        "samples": per_sample(param * batch["x"], lengths=batch["lengths"]),
         "predictions": param * batch["x"],
+        "turned": param * batch["x"].T,
         "rows": len(batch["x"]),
         "none": None,
     }
@@ -296,17 +306,39 @@ def test_aux_without_microbatches_is_that_of_jax():
     assert aux["rows"] == 4
 
 
-def test_means_in_aux_are_merged_over_microbatches_and_the_rest_is_stacked():
-    batch = aux_batch(8)
+@pytest.mark.parametrize(("rows", "k"), [(8, 4), (8, 8), (7, 3), (7, 4), (4, 2)])
+def test_aux_of_the_batch_is_in_its_order_and_the_rest_is_merged_or_stacked(rows, k):
+    batch = aux_batch(rows)
     _, expected = loss_with_aux(2.0, batch)
-    step = wl.value_and_grad(loss_with_aux, has_aux=True, num_microbatches=4)
+    step = wl.value_and_grad(loss_with_aux, has_aux=True, num_microbatches=k)
     (_, aux), _ = jax.jit(step)(2.0, batch)
-    assert_close(aux["heads"], expected["heads"])
-    assert aux["rows"].tolist() == [2] * 4
+    for name in ("heads", "samples", "predictions", "turned"):
+        assert_close(aux[name], expected[name])
+    assert aux["samples"].total.shape == (rows,)
+    assert aux["groups"].tolist() == [[2.0, 2.0]] * k
+    assert aux["rows"].tolist() == [len(range(i, rows, k)) for i in range(k)]
     assert aux["none"] is None
-    assert aux["predictions"].shape == (4, 2, 2)
-    for i in range(4):  # microbatch i has the rows i and i + 4
-        assert_close(aux["predictions"][i], expected["predictions"][i::4])
+
+
+def test_aux_that_has_the_batch_in_no_axis_of_its_own():
+    def loss_fn(param, batch):
+        x = param * batch["x"]
+        return weighted_sum(param, batch), {"flat": x.ravel(), "pairs": x @ x.T}
+
+    def of_means(param, batch):
+        flat = (param * batch["x"]).ravel()
+        return weighted_sum(param, batch), wl.WeightedMean(flat, jnp.ones_like(flat))
+
+    def run(loss_fn, k):
+        step = wl.value_and_grad(loss_fn, has_aux=True, num_microbatches=k)
+        return jax.jit(step)(2.0, aux_batch(6))[0][1]
+
+    aux = run(loss_fn, 3)
+    assert (aux["flat"].shape, aux["pairs"].shape) == ((3, 4), (3, 2, 2))
+    with pytest.raises(ValueError, match="`loss_fn` returns an array in its aux whose"):
+        run(loss_fn, 4)
+    with pytest.raises(ValueError, match=r"`loss_fn` returns `aux`, a `WeightedMean`"):
+        run(of_means, 3)
 
 
 # -------------------------------------------------------------------- precision
@@ -434,7 +466,7 @@ def unmerged(param, batch):
         (lambda p, b: weighted_sum(p, b).compute(), {}, AssertionError, "not divided"),
         (lambda p, b: {"a": p * b["x"].sum()}, {}, AssertionError, "`WeightedMean`"),
         (lambda p, b: {}, {}, AssertionError, "must return a `WeightedMean`"),
-        (lambda p, b: (weighted_sum(p, b), 1), {}, AssertionError, "`WeightedMean`"),
+        (lambda p, b: (weighted_sum(p, b), 1), {}, AssertionError, "`has_aux=True`"),
         (unmerged, {}, AssertionError, r"`\.merge\(\)` the batch axes"),
         (lambda p, b: {"a": unmerged(p, b)}, {}, AssertionError, r"`\.merge\(\)`"),
         (
@@ -469,7 +501,6 @@ def test_errors_say_what_is_wrong(loss_fn, options, error, message, num_microbat
 @pytest.mark.parametrize(
     ("batch", "options", "message"),
     [
-        ({"x": BATCH["x"]}, {"num_microbatches": 3}, "does not divide a batch of 4"),
         (BATCH | {"scale": 1.0}, {}, r"axis 0 of every leaf .*'scale.*: \(\)"),
         (BATCH | {"y": np.ones(3)}, {}, r"axis 0 of every leaf .*'y.*: \(3,\)"),
         (BATCH, {"argnums": (0, 1)}, "must not overlap"),

@@ -54,7 +54,7 @@ from wloss_jax.losses import (
 from wloss_jax.masks import length_mask, observed_mask
 from wloss_jax.means import WeightedMean, weighted_mean
 from wloss_jax.padding import bucket_sizes, pad_ragged
-from wloss_jax.running_mean import RunningMean
+from wloss_jax.running_mean import RunningMean, compute
 from wloss_jax.weighting import loss_power, mean_of_means_bias, size_power
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ __all__ = [
     # across steps: optimizer calls, and evaluation
     "multi_steps",
     "RunningMean",
+    "compute",
     # losses: any of your own, and the named ones
     "masked",
     "per_sample",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import (
     Any,
@@ -11,6 +12,7 @@ from typing import (
 
 import chex
 import jax
+import jax.numpy as jnp
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _Tree = TypeVar("_Tree")
@@ -78,3 +80,58 @@ def vary(array: jax.Array, axis_name: AxisName) -> jax.Array:
     if not missing:
         return array
     return cast(jax.Array, jax.lax.pcast(array, missing, to="varying"))
+
+
+def gather(array: jax.Array, axis_name: AxisName, axis: int) -> jax.Array:
+    """Puts the rows of all devices together, in the order of the mapped axes."""
+    names = axis_names(axis_name)
+    if not names:
+        return array
+    own = vary(array, names)
+    gathered: jax.Array = jax.lax.all_gather(own, names, axis=axis, tiled=True)
+    return gathered
+
+
+def own_rows(gathered: jax.Array, axis_name: AxisName, axis: int) -> jax.Array:
+    """The rows of this device, of what `gather` put together."""
+    names = axis_names(axis_name)
+    if not names:
+        return gathered
+    rows = gathered.shape[axis] // count_devices(names)
+    start = jax.lax.axis_index(names) * rows
+    return jax.lax.dynamic_slice_in_dim(gathered, start, rows, axis)
+
+
+def count_devices(axis_name: AxisName) -> int:
+    """The number of devices on the mapped axes."""
+    return math.prod(jax.lax.axis_size(name) for name in axis_names(axis_name))
+
+
+def from_first(array: jax.Array, axis_name: AxisName) -> jax.Array:
+    """What the first device holds, for what all devices hold alike.
+
+    A `jax.shard_map` that checks what varies cannot know that it is alike; elsewhere,
+    nothing passes between the devices.
+    """
+    varying = jax.typeof(array).manual_axis_type.varying
+    names = tuple(name for name in axis_names(axis_name) if name in varying)
+    if not names:
+        return array
+    is_first = jax.lax.axis_index(names) == 0
+    return psum(jnp.where(is_first, array, jnp.zeros_like(array)), names)
+
+
+def unsharded_rows(array: jax.Array) -> jax.Array:
+    """An array whose axis 0 is whole on each device of a mesh of explicit axes.
+
+    So that it meets its like as it would on one device; of other meshes the compiler
+    takes care.
+    """
+    sharding = jax.typeof(array).sharding
+    if not sharding.spec or sharding.spec[0] is None:
+        return array
+    spec = jax.sharding.PartitionSpec(None, *sharding.spec[1:])
+    whole: jax.Array = jax.sharding.reshard(
+        array, jax.sharding.NamedSharding(sharding.mesh, spec)
+    )
+    return whole

@@ -1,129 +1,322 @@
-"""The engine of `value_and_grad`: weights first, then each microbatch's gradient."""
+"""The engine of `value_and_grad`: parts, slopes, microbatches, devices.
+
+The parts of the whole batch are made first, without a gradient. The loss that
+``combine`` makes of them is differentiated there, which gives each part its slope. Then
+each microbatch is differentiated with the slopes of its own parts. By the chain rule
+the sum of those is the gradient, and one microbatch's activations are all that is held.
+
+What the slopes do not hang on is left out of the first evaluation: of a mean it keeps
+the weight, and the compiler drops the model.
+"""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
-from typing import (
-    Any,
-)
+import itertools
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
-from wloss_jax._checks import (
-    check_parameters,
-    check_scalar,
-    check_shape,
-    check_type,
-    check_value,
-)
+from wloss_jax._aux import add_aux_up, places_of_aux, put_aux_together
+from wloss_jax._checks import check_parameters
 from wloss_jax._devices import (
     AxisName,
     axis_names,
     check_mapped,
-    jit_compiled,
+    count_devices,
+    from_first,
+    gather,
+    own_rows,
     psum,
     vary,
 )
-from wloss_jax.means import WeightedMean
+from wloss_jax._parts import (
+    Combine,
+    constant_weights,
+    differentiate,
+    have_slopes,
+    needed,
+    sloped,
+)
+from wloss_jax._places import Place, Sizes, check_weights, places_of_parts
+from wloss_jax._rows import Cut, batch_size, cut_batch
 
 PyTree = Any
+Evaluate = Callable[[Any, Any, Any], tuple[Any, Any, Any]]
+_T = TypeVar("_T")
+
+
+class Outcome(NamedTuple):
+    """What comes of a batch.
+
+    Attributes:
+      value: the combined loss.
+      parts: those of the whole batch.
+      aux: as `value_and_grad` says.
+      grads: of the parameters.
+      state: as the last microbatch left it.
+    """
+
+    value: jax.Array
+    parts: PyTree
+    aux: PyTree
+    grads: PyTree
+    state: PyTree
 
 
 def accumulate(
-    evaluate: Callable[[Any, Any, Any], tuple[Any, Any, Any]],
+    evaluate: Evaluate,
+    combine: Combine,
     params: PyTree,
     state: PyTree,
     batch: PyTree,
     *,
     num_microbatches: int,
     axis_name: AxisName | None,
-    coefficients: Mapping[str, ArrayLike] | None,
-) -> tuple[Any, PyTree, PyTree, PyTree]:
-    """The engine: value, aux, gradient and state of the whole batch.
+) -> Outcome:
+    """The engine: value, parts, aux, gradient and state of the whole batch.
 
     Args:
-      evaluate: ``(params, state, batch) -> (value, aux, state)``, where ``value`` is a
-        `WeightedMean` or a dict of them and ``state`` goes on to the next microbatch.
+      evaluate: ``(params, state, batch) -> (parts, aux, state)``, where ``parts`` is a
+        tree of `WeightedMean`s and rows, and ``state`` goes on to the next microbatch.
+      combine: ``(parts, params)`` to a scalar.
       params: what is differentiated, a tree of floating arrays.
       state: what evaluations change, such as batch statistics; None for nothing.
       batch: a tree of arrays ``[B, ...]``.
-      num_microbatches: as in `value_and_grad`, and so are the others.
+      num_microbatches: as in `value_and_grad`, and so is the other.
       axis_name: the axis or axes that the batch is spread over, or None.
-      coefficients: the factors of the terms.
     """
-    axes = () if axis_name is None else axis_name
+    axes = () if axis_name is None else axis_names(axis_name)
     check_mapped("axis_name", axes)
-    params = check_parameters("argnums", params)
-    # Parameters that vary, so that the gradient of each device comes out, to be added
-    # up once, last; parameters that do not would have it added up in each microbatch.
-    varying = jax.tree.map(lambda x: vary(x, axes), params)
+    loss = _Loss(evaluate, combine, check_parameters("argnums", params), axes)
+    cut = None if num_microbatches == 1 else cut_batch(batch, num_microbatches)
+    if cut is None or cut.count == 1:
+        return loss.of_whole(state, batch)
+    return loss.of_microbatches(state, batch, cut)
 
-    def objective(
-        params: PyTree, state: PyTree, batch: PyTree, weights: Any
-    ) -> tuple[jax.Array, Any]:
-        value, aux, state = evaluate(params, state, batch)
-        _check_value(value)
-        if weights is None:
-            weights = psum(_weights(value), axes)
-        parts = jax.tree.map(
-            lambda mean, weight, c: c * WeightedMean(mean.total, weight).compute(),
-            value,
-            weights,
-            _coefficients(value, coefficients),
-            is_leaf=_is_mean,
+
+class _Loss:
+    """A loss with its parameters, on the devices of some mapped axes, if any."""
+
+    def __init__(
+        self,
+        evaluate: Evaluate,
+        combine: Combine,
+        params: PyTree,
+        axes: tuple[str, ...],
+    ):
+        self.evaluate = evaluate
+        self.combine = combine
+        self.params = params
+        self.axes = axes
+        # Parameters and parts that vary, so that the gradient of each device comes out,
+        # to be added up once, last; what does not would have it added up by itself.
+        self.varying = self._vary(params)
+
+    def of_whole(self, state: PyTree, batch: PyTree) -> Outcome:
+        """One forward pass, which is gone back through with the slopes of its parts."""
+        back, (parts, aux, state) = self._forward_and_back(state, batch)
+        sizes = self._doubled(state, batch)
+        places = places_of_parts(parts, sizes)
+        arrays = jax.tree.leaves(parts)
+        treedef: Any = jax.tree.structure(parts)
+        whole = self._over_devices(arrays, places)
+        value, slopes, direct = self._differentiate(treedef, whole)
+        slope_places = _choose(places, have_slopes(parts))
+        grads = back(self._own_slopes(slopes, slope_places))
+        return Outcome(
+            from_first(value, self.axes),
+            treedef.unflatten(whole),
+            add_aux_up(aux, places_of_aux(aux, sizes, arrays=False), self.axes),
+            self._add_gradients(grads, direct),
+            state,
         )
-        return sum(jax.tree.leaves(parts), jnp.float32(0)), (value, weights, aux, state)
 
-    gradient = jax.grad(objective, has_aux=True)
-    if num_microbatches == 1:
-        grads, (value, weights, aux, state) = gradient(varying, state, batch, None)
-    else:
-        batch, padding = _pad_rows(batch, num_microbatches)
-        take = functools.partial(_take_rows, batch, num_microbatches)
-        steps = jnp.arange(num_microbatches)
+    def of_microbatches(self, state: PyTree, batch: PyTree, cut: Cut) -> Outcome:
+        """The microbatches twice: for the slopes, then for the gradient."""
+        self.evaluate = jax.jit(self.evaluate, inline=True)  # traced once for both
+        parts, aux, sizes = self._shapes(state, batch, cut)
+        treedef: Any = jax.tree.structure(parts)
+        places = places_of_parts(parts, sizes)
+        aux_places = places_of_aux(aux, sizes, arrays=True)
 
-        def weigh(state: PyTree, step: jax.Array) -> tuple[PyTree, Any]:
-            value, _, state = evaluate(varying, state, take(step))
-            _check_value(value)
-            return state, _weights(value)
+        def put_together(groups: list[Any], wanted: list[bool]) -> list[jax.Array]:
+            """The wanted arrays of the parts, of the whole batch and all devices."""
+            chosen = _choose(places, wanted)
+            own = map(cut.put_together, zip(*groups, strict=True), chosen)
+            return self._over_devices(list(own), chosen)
+
+        def look(wanted: list[bool]) -> list[jax.Array]:
+            """The wanted arrays, without a gradient."""
+
+            def step(state: PyTree, step: jax.Array, rows: int) -> tuple[PyTree, Any]:
+                parts, _, state = self._forward(state, cut.take(batch, step, rows))
+                return state, _choose(jax.tree.leaves(parts), wanted)
+
+            groups = cut.scan(step, state)[1] if any(wanted) else []
+            return put_together(groups, wanted)
+
+        shapes = jax.eval_shape(lambda: look([True] * len(places)))
+        early = needed(lambda whole: self._differentiate(treedef, whole)[1], shapes)
+        late = [not flag for flag in early]
+        if not cut.is_even:
+            check_weights(
+                lambda rows: self.evaluate(self.varying, state, rows)[0],
+                [cut.take(batch, 0, rows) for _, _, rows in cut.groups],
+                early,
+            )
+        whole = _fill(early, look(early), map(_zeros, _choose(shapes, late)))
+        value, slopes, direct = self._differentiate(treedef, whole)
+        slope_places = _choose(places, have_slopes(parts))
+        slopes = self._own_slopes(slopes, slope_places)
 
         def add(
-            carry: tuple[PyTree, PyTree], step: jax.Array
+            carry: tuple[PyTree, PyTree], step: jax.Array, rows: int
         ) -> tuple[tuple[PyTree, PyTree], Any]:
             so_far, state = carry
-            grads, (value, _, aux, state) = gradient(
-                varying, state, take(step), weights
+            rows_of_step = cut.take(batch, step, rows)
+            back, (parts, aux, state) = self._forward_and_back(state, rows_of_step)
+            grads = back(
+                [
+                    slope if place is None else cut.take_along(slope, place, step, rows)
+                    for slope, place in zip(slopes, slope_places, strict=True)
+                ]
             )
             so_far = jax.tree.map(
                 lambda x, grad: x + grad.astype(x.dtype), so_far, grads
             )
-            return (so_far, state), (value, aux)
+            return (so_far, state), (_choose(jax.tree.leaves(parts), late), aux)
 
-        _, weights = jax.lax.scan(weigh, state, steps)
-        weights = jax.tree.map(lambda x: x.sum(0), weights)
-        padded_aux = None
-        if padding is not None:
-            padded, padded_aux, _ = evaluate(varying, state, padding)
-            weights = jax.tree.map(_nan_if_padding_weighs, weights, _weights(padded))
-        weights = psum(weights, axes)
-        zeros = jax.tree.map(_accumulator, varying)
-        (grads, state), (value, aux) = jax.lax.scan(add, (zeros, state), steps)
-        value, aux = _merge(value), _merge(aux, padded_aux)
+        zeros = jax.tree.map(_accumulator, self.varying)
+        (grads, state), groups = cut.scan(add, (zeros, state))
+        if any(late):
+            found = put_together([arrays for arrays, _ in groups], late)
+            whole = _fill(late, found, _choose(whole, early))
+            value, _, direct = self._differentiate(treedef, whole)
+        aux = put_aux_together(cut, [aux for _, aux in groups], aux_places)
+        return Outcome(
+            from_first(value, self.axes),
+            treedef.unflatten(whole),
+            add_aux_up(aux, aux_places, self.axes),
+            self._add_gradients(grads, direct),
+            state,
+        )
 
-    grads = jax.tree.map(functools.partial(_add_devices, axes), params, grads)
-    value = jax.tree.map(
-        lambda mean, weight: WeightedMean(psum(mean.total, axes), weight),
-        value,
-        weights,
-        is_leaf=_is_mean,
-    )
-    aux = jax.tree.map(
-        lambda x: x.psum(axes) if _is_mean(x) else x, aux, is_leaf=_is_mean
-    )
-    return value, aux, grads, state
+    # ------------------------------------------------------------------ evaluations
+
+    def _forward(self, state: PyTree, batch: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+        """Parts, aux and state of some rows."""
+        return self._sloped_and_all(self.varying, state, batch)[1]
+
+    def _forward_and_back(
+        self, state: PyTree, batch: PyTree
+    ) -> tuple[Callable[[list[jax.Array]], PyTree], tuple[PyTree, PyTree, PyTree]]:
+        """The same, and what makes a gradient of the slopes of the parts."""
+        _, pull, results = jax.vjp(
+            lambda params: self._sloped_and_all(params, state, batch),
+            self.varying,
+            has_aux=True,
+        )
+        return lambda slopes: pull(slopes)[0], results
+
+    def _sloped_and_all(
+        self, params: PyTree, state: PyTree, batch: PyTree
+    ) -> tuple[list[jax.Array], tuple[PyTree, PyTree, PyTree]]:
+        parts, aux, state = self.evaluate(params, state, batch)
+        parts = self._vary(jax.tree.map(jnp.asarray, constant_weights(parts)))
+        return sloped(parts), (parts, aux, state)
+
+    def _differentiate(
+        self, treedef: Any, whole: list[jax.Array]
+    ) -> tuple[jax.Array, list[jax.Array], PyTree]:
+        """The combined loss, its slopes, and its own gradient of the parameters.
+
+        Each device does this for itself, and has it all.
+        """
+        parts = treedef.unflatten(self._vary(whole))
+        return differentiate(self.combine, parts, self.varying)
+
+    # ------------------------------------------------- which axes are the batch
+
+    def _doubled(self, state: PyTree, batch: PyTree) -> Sizes | None:
+        """How shapes change where the rows of this device were twice as many."""
+        rows = batch_size(batch)
+        if not rows:
+            return None
+
+        def double(leaf: Any) -> jax.Array:
+            return jnp.concatenate([jnp.asarray(leaf)] * 2)
+
+        def evaluate() -> tuple[PyTree, PyTree]:
+            return self._forward(state, jax.tree.map(double, batch))[:2]
+
+        return Sizes(rows, 2 * rows, evaluate if self.axes else None)
+
+    def _shapes(
+        self, state: PyTree, batch: PyTree, cut: Cut
+    ) -> tuple[PyTree, PyTree, Sizes]:
+        """Parts and aux of a microbatch, and how they change for the whole batch."""
+        (_, _, rows), *_ = cut.groups
+        parts, aux = jax.eval_shape(
+            lambda: self._forward(state, cut.take(batch, 0, rows))[:2]
+        )
+        sizes = Sizes(rows, cut.size, lambda: self._forward(state, batch)[:2])
+        return parts, aux, sizes
+
+    # ---------------------------------------------------------------------- devices
+
+    def _vary(self, tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda x: vary(x, self.axes), tree)
+
+    def _over_devices(
+        self, arrays: list[jax.Array], places: list[Place]
+    ) -> list[jax.Array]:
+        """Adds up over the devices, or puts the rows of all of them together."""
+        return [
+            psum(x, self.axes) if place is None else gather(x, self.axes, place)
+            for x, place in zip(arrays, places, strict=True)
+        ]
+
+    def _own_slopes(
+        self, slopes: list[jax.Array], places: list[Place]
+    ) -> list[jax.Array]:
+        """The slopes of the parts of this device."""
+        own = [
+            slope if place is None else own_rows(slope, self.axes, place)
+            for slope, place in zip(slopes, places, strict=True)
+        ]
+        return cast(list[jax.Array], self._vary(own))
+
+    def _add_gradients(self, grads: PyTree, direct: PyTree) -> PyTree:
+        """Adds up what came through the parts, and a share of what did not."""
+        share = 1 / count_devices(self.axes)
+
+        def add(param: jax.Array, grad: jax.Array, direct: jax.Array) -> jax.Array:
+            # Not over an axis on which the parameter itself differs: there each device
+            # has its own, and the gradient of the collective that gathered them has
+            # added up already.
+            own = jax.typeof(param).manual_axis_type.varying
+            axes = tuple(name for name in self.axes if name not in own)
+            dtype = jnp.promote_types(param.dtype, jnp.float32)
+            summed = grad.astype(dtype) + share * direct.astype(dtype)
+            return psum(summed, axes).astype(param.dtype)
+
+        return jax.tree.map(add, self.params, grads, direct)
+
+
+def _choose(items: Iterable[_T], flags: list[bool]) -> list[_T]:
+    return list(itertools.compress(items, flags))
+
+
+def _fill(flags: list[bool], chosen: Iterable[_T], others: Iterable[_T]) -> list[_T]:
+    """One list of two: an item of ``chosen`` for each True, of ``others`` for False."""
+    chosen, others = iter(chosen), iter(others)
+    return [next(chosen if flag else others) for flag in flags]
+
+
+def _zeros(shape: jax.ShapeDtypeStruct) -> jax.Array:
+    return jnp.zeros(shape.shape, shape.dtype)
 
 
 def _accumulator(param: jax.Array) -> jax.Array:
@@ -134,147 +327,3 @@ def _accumulator(param: jax.Array) -> jax.Array:
     """
     dtype = jnp.promote_types(param.dtype, jnp.float32)
     return jnp.where(False, param, 0).astype(dtype)
-
-
-def _add_devices(axes: AxisName, param: jax.Array, grad: jax.Array) -> jax.Array:
-    """Adds the gradients of all devices, then casts to the parameter's dtype.
-
-    Not over an axis on which the parameter itself differs: there each device has its
-    own, and the gradient of the collective that gathered them has added up already.
-    """
-    own = jax.typeof(param).manual_axis_type.varying
-    axes = tuple(name for name in axis_names(axes) if name not in own)
-    dtype = jnp.promote_types(param.dtype, jnp.float32)
-    return psum(grad.astype(dtype), axes).astype(param.dtype)
-
-
-def _pad_rows(batch: PyTree, multiple: int) -> tuple[PyTree, PyTree | None]:
-    """Pads the rows of a batch to a multiple; also returns the padding, if any.
-
-    A padded row is a copy of the last one, so that no model sees what it never would,
-    under a length of 0 and a mask of False.
-    """
-    flat, treedef = jax.tree_util.tree_flatten_with_path(batch)
-    shapes = {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in flat}
-    sizes = {shape[:1] for shape in shapes.values()}
-    check_value(
-        "batch_argnums",
-        len(sizes) == 1 and () not in sizes,
-        "names the batch: axis 0 of every leaf of it must be the batch, to be cut "
-        f"into {multiple} microbatches; got {shapes}.",
-    )
-    ((size,),) = sizes
-    missing = -size % multiple
-    if not missing:
-        return batch, None
-    names = [last_name(path) for path, _ in flat]
-    check_value(
-        "num_microbatches",
-        "lengths" in names or "where" in names,
-        f"is {multiple}, which does not divide a batch of {size} rows, and nothing "
-        "named `lengths` or `where` in it could say that padded rows weigh nothing: "
-        "add one to the batch, or choose a divisor.",
-    )
-    rows = jnp.minimum(jnp.arange(size + missing), size - 1)
-    leaves = []
-    for name, (_, leaf) in zip(names, flat, strict=True):
-        padded = jnp.asarray(leaf)[rows]
-        if name in ("lengths", "where"):
-            padded = padded.at[size:].set(False)  # 0 for integers
-        leaves.append(padded)
-    padded = jax.tree_util.tree_unflatten(treedef, leaves)
-    return padded, jax.tree.map(lambda leaf: leaf[size:], padded)
-
-
-def _take_rows(batch: PyTree, num_microbatches: int, step: jax.Array) -> PyTree:
-    """Takes rows ``step``, ``step + k``, ...: some of each shard of a sharded batch."""
-
-    def take(leaf: jax.Array) -> jax.Array:
-        leaf = jnp.asarray(leaf)
-        size, *rest = leaf.shape
-        rows = leaf.reshape(size // num_microbatches, num_microbatches, *rest)
-        taken: jax.Array = jax.lax.dynamic_index_in_dim(rows, step, 1, keepdims=False)
-        return taken
-
-    return jax.tree.map(take, batch)
-
-
-def _merge(stacked: PyTree, padded: PyTree = None) -> PyTree:
-    """Adds up `WeightedMean`s over the microbatches, and leaves the rest stacked."""
-
-    def merge(x: Any, padding: Any = None) -> Any:
-        if not _is_mean(x):
-            return x
-        total, weight = x.total.sum(0), x.weight.sum(0)
-        if padding is not None:
-            weight = _nan_if_padding_weighs(weight, padding.weight)
-        return WeightedMean(total, weight)
-
-    trees = (stacked,) if padded is None else (stacked, padded)
-    return jax.tree.map(merge, *trees, is_leaf=_is_mean)
-
-
-@jit_compiled()  # or `jax_debug_nans` would take the constant for a mistake
-def _nan_if_padding_weighs(weight: jax.Array, padding: jax.Array) -> jax.Array:
-    """Padded rows should weigh nothing; where they do, no number beats a wrong one."""
-    return jnp.where(padding == 0, weight, jnp.nan)
-
-
-def _is_mean(x: Any) -> bool:
-    return isinstance(x, WeightedMean)
-
-
-def _weights(value: Any) -> Any:
-    return jax.tree.map(
-        lambda mean: jax.lax.stop_gradient(mean.weight), value, is_leaf=_is_mean
-    )
-
-
-def _check_value(value: Any) -> None:
-    # No other kind of dict: coefficients come in a plain one, and JAX tells the kinds
-    # apart.
-    means = list(value.values()) if type(value) is dict else [value]
-    check_type(
-        "loss_fn",
-        bool(means) and all(map(_is_mean, means)),
-        "must return a `WeightedMean`, or a dict of them by name, not divided yet; got "
-        f"{value!r}.",
-    )
-    for mean in means:
-        check_shape(
-            "loss_fn",
-            mean.total,
-            (),
-            "must return scalar `WeightedMean`s: `.merge()` the batch axes, after "
-            "reweighting.",
-        )
-
-
-def _coefficients(value: Any, coefficients: Mapping[str, ArrayLike] | None) -> Any:
-    """Factors of the same structure as ``value``."""
-    check_type(
-        "coefficients",
-        coefficients is None or isinstance(coefficients, Mapping),
-        f"must be a dict of factors by the name of the term; got {coefficients!r}.",
-    )
-    named = dict(coefficients or {})
-    terms = list(value) if isinstance(value, dict) else []
-    check_value(
-        "coefficients",
-        named.keys() <= set(terms),
-        f"names {sorted(named)}, but the terms that `loss_fn` returns are {terms}; a "
-        "lone `WeightedMean` has no name.",
-    )
-    if not isinstance(value, dict):
-        return 1.0
-    factors = {
-        name: check_scalar(f"coefficients[{name!r}]", named.get(name, 1.0))
-        for name in terms
-    }
-    return jax.tree.map(jax.lax.stop_gradient, factors)
-
-
-def last_name(path: tuple[Any, ...]) -> str:
-    """The name of a leaf: the last key or attribute on its path, if that is a name."""
-    key = path[-1]
-    return str(getattr(key, "key", getattr(key, "name", None)))

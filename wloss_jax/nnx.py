@@ -6,8 +6,9 @@ The only module that imports flax; ``wl.nnx`` imports it when it is first named.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, overload
 
 import jax
 from flax import nnx
@@ -16,10 +17,12 @@ from jax.typing import ArrayLike
 from wloss_jax._checks import check_flag, check_function, check_type, check_value
 from wloss_jax._devices import AxisName
 from wloss_jax._microbatches import accumulate
+from wloss_jax._parts import checks_and_combine
 from wloss_jax.gradients import (
+    argument_names,
     argument_numbers,
+    by_position,
     choose_arguments,
-    parameter_names,
     split_aux,
 )
 from wloss_jax.means import WeightedMean
@@ -30,20 +33,48 @@ _P = ParamSpec("_P")
 _Value = TypeVar("_Value")
 
 
+@overload
 def value_and_grad(
     loss_fn: Callable[_P, _Value],
     argnums: Argnum | Sequence[Argnum] = 0,
     *,
+    combine: None = None,
     has_aux: bool = False,
     batch_argnums: int | Sequence[int] = 1,
     num_microbatches: int = 1,
     axis_name: AxisName | None = None,
     coefficients: Mapping[str, ArrayLike] | None = None,
-) -> Callable[_P, tuple[_Value, Any]]:
+) -> Callable[_P, tuple[_Value, Any]]: ...
+
+
+@overload
+def value_and_grad(
+    loss_fn: Callable[_P, Any],
+    argnums: Argnum | Sequence[Argnum] = 0,
+    *,
+    combine: Callable[..., ArrayLike],
+    has_aux: bool = False,
+    batch_argnums: int | Sequence[int] = 1,
+    num_microbatches: int = 1,
+    axis_name: AxisName | None = None,
+) -> Callable[_P, tuple[Any, Any]]: ...
+
+
+def value_and_grad(
+    loss_fn: Callable[_P, Any],
+    argnums: Argnum | Sequence[Argnum] = 0,
+    *,
+    combine: Callable[..., ArrayLike] | None = None,
+    has_aux: bool = False,
+    batch_argnums: int | Sequence[int] = 1,
+    num_microbatches: int = 1,
+    axis_name: AxisName | None = None,
+    coefficients: Mapping[str, ArrayLike] | None = None,
+) -> Callable[_P, tuple[Any, Any]]:
     """Makes `wloss_jax.value_and_grad` of a function of `nnx` modules.
 
-    ``grad(sum_k coefficient_k * total_k / W_k)``, ``W_k`` being the weight of term k
-    over all microbatches and devices
+    ``grad(combine(parts, *differentiated))``, the parts being those of all microbatches
+    and devices together; without ``combine``, ``sum_k coefficient_k * total_k / W_k``
 
     A drop-in for `nnx.value_and_grad`; call it under `nnx.jit`, or under `jax.jit` with
     modules merged inside. Modules are arguments like any other, and what ``loss_fn``
@@ -51,6 +82,8 @@ def value_and_grad(
     modules that the function is called with: microbatch by microbatch, each starting
     from what the one before left. So dropout differs between microbatches, and batch
     statistics are those of k small batches: a loss that looks at them depends on k.
+    Where `wloss_jax.value_and_grad` evaluates twice, both evaluations start from one
+    state, and draw alike.
 
     - Over devices, the random streams and batch statistics of a module are those of
       each device, as anywhere in `nnx`: give `nnx.BatchNorm` its ``axis_name``, and
@@ -59,10 +92,14 @@ def value_and_grad(
     - Variables that ``loss_fn`` creates, as ``sow`` does, need ``num_microbatches=1``.
 
     Args:
-      loss_fn: a function that returns a scalar `WeightedMean`, or a dict of them.
+      loss_fn: a function that returns a scalar `WeightedMean`, or a tree of them; with
+        ``combine``, parts.
       argnums: which arguments to differentiate, as in `nnx.value_and_grad`: a module's
         `nnx.Param`, or what the filter of ``nnx.DiffState(argnum, filter)`` selects.
         An argument without variables is differentiated whole, as in JAX.
+      combine: ``(parts, *differentiated)`` to the loss, as in
+        `wloss_jax.value_and_grad`; the modules as they came, whose changes are not
+        kept.
       has_aux: as in `wloss_jax.value_and_grad`, and so are the others.
       batch_argnums: which arguments are the batch: trees of arrays ``[B, ...]``.
       num_microbatches: into how many microbatches to cut the batch.
@@ -70,8 +107,8 @@ def value_and_grad(
       coefficients: the factors of the terms, by name.
 
     Returns:
-      A function of the arguments of ``loss_fn`` that returns ``(mean, grads)``, or
-      ``((mean, aux), grads)``; ``grads``, an `nnx.State` for each module, is what
+      A function of the arguments of ``loss_fn`` that returns ``(value, grads)``, or
+      ``((value, aux), grads)``; ``grads``, an `nnx.State` for each module, is what
       ``nnx.Optimizer.update(model, grads)`` takes.
 
     Raises:
@@ -110,14 +147,19 @@ def value_and_grad(
     wanted: Any = (argnums,) if single else argnums
     selects = dict(map(_number_and_predicate, wanted))
     batch_nums = argument_numbers("batch_argnums", batch_argnums)
-    names = parameter_names(loss_fn)
+    check_parts, combine_parts = checks_and_combine(combine, coefficients)
+    signature = inspect.signature(loss_fn)
     call: Callable[..., Any] = loss_fn  # with arguments by number
 
     @functools.wraps(loss_fn)
     def value_and_grad_fn(*args: _P.args, **kwargs: _P.kwargs) -> tuple[Any, Any]:
+        positional, keywords = by_position(signature, args, kwargs)
         differentiated, batch = choose_arguments(
-            args, tuple(selects), batch_nums, num_microbatches
+            positional, tuple(selects), batch_nums, num_microbatches
         )
+        if num_microbatches == 1:  # what is not cut may be a module too
+            batch = {i: arg for i, arg in batch.items() if not _has_variables(arg)}
+        names = argument_names(signature, batch)
         arrays = {
             i: arg for i, arg in differentiated.items() if not _has_variables(arg)
         }
@@ -125,8 +167,12 @@ def value_and_grad(
         # share is found, and then sought, where it stands first.
         nodes = (
             {i: arg for i, arg in differentiated.items() if i not in arrays},
-            {i: arg for i, arg in enumerate(args) if i not in differentiated | batch},
-            kwargs,
+            {
+                i: arg
+                for i, arg in enumerate(positional)
+                if i not in differentiated | batch
+            },
+            keywords,
         )
 
         def is_param(path: tuple[Any, ...], leaf: Any) -> bool:
@@ -141,27 +187,40 @@ def value_and_grad(
             arrays, variables = params
             merged = nnx.merge(graphdef, variables, state, constants, copy=True)
             by_number = arrays | merged[0] | merged[1]
-            by_number |= {names.index(key): tree for key, tree in batch.items()}
-            full = [by_number[i] for i in range(len(args))]
-            result = call(*full, **merged[2])
+            by_number |= {i: batch[name] for i, name in names.items()}
+            full = [by_number[i] for i in range(len(positional))]
+            parts, aux = split_aux(call(*full, **merged[2]), has_aux)
+            check_parts(parts)
             changed = nnx.state(merged, nnx.All(nnx.Variable, nnx.Not(is_param)))
             if num_microbatches > 1:
                 _check_same_variables(state, changed)
-            return *split_aux(result, has_aux), changed
+            return parts, aux, changed
 
-        value, aux, grads, state = accumulate(
+        def combine_modules(parts: Any, params: tuple[Any, Any]) -> Any:
+            arrays, variables = params
+            if combine is None:
+                return combine_parts(parts)
+            merged = nnx.merge(graphdef, variables, state, constants, copy=True)
+            by_number = arrays | merged[0]
+            return combine_parts(parts, *(by_number[i] for i in selects))
+
+        outcome = accumulate(
             evaluate,
+            combine_modules,
             (arrays, params),
             state,
-            {names[i]: tree for i, tree in batch.items()},
+            {name: batch[i] for i, name in names.items()},
             num_microbatches=num_microbatches,
             axis_name=axis_name,
-            coefficients=coefficients,
         )
-        nnx.update(nodes, state)
-        by_number = grads[0] | dict(grads[1].get(0, {}))
-        result = tuple(by_number.get(i, nnx.State({})) for i in selects)
-        return ((value, aux) if has_aux else value), (result[0] if single else result)
+        nnx.update(nodes, outcome.state)
+        by_number = outcome.grads[0] | dict(outcome.grads[1].get(0, {}))
+        grads = tuple(by_number.get(i, nnx.State({})) for i in selects)
+        value = outcome.parts if combine is None else outcome.value
+        return (
+            (value, outcome.aux) if has_aux else value,
+            grads[0] if single else grads,
+        )
 
     return value_and_grad_fn
 

@@ -6,6 +6,7 @@ It carries what `WeightedMean` carries, a sum and its weight still apart.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import (
     Any,
     Self,
@@ -179,3 +180,52 @@ def _two_sum(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
     error = (a - (high - b_part)) + (b - b_part)
     # The error of an infinite sum would be NaN.
     return high, jnp.where(jnp.isfinite(high), error, 0)
+
+
+def compute(tree: Any, empty: ArrayLike = 0.0) -> Any:
+    """Divides every mean of a tree: a tree of scalars, for a logger.
+
+    ``total / weight`` for each `WeightedMean` and each `RunningMean`
+
+    Arrays and numbers stay as they are, so that a loss and its figures go in together.
+    A mapping of any kind comes out as a plain dict.
+
+    To evaluate over an epoch what is no mean, carry its parts in a tree of
+    `RunningMean`s, and end in what combines them::
+
+        running = {"p": wl.RunningMean.zeros(), "pp": wl.RunningMean.zeros()}
+        for batch in epoch:
+            parts = eval_step(params, batch)  # {"p": WeightedMean, "pp": WeightedMean}
+            running = jax.tree.map(
+                wl.RunningMean.update, running, parts, is_leaf=is_running
+            )
+        value = combine(running, params)
+
+    Args:
+      tree: of `WeightedMean`s, `RunningMean`s, arrays and numbers.
+      empty: the value of a mean in which nothing counted.
+
+    Returns:
+      A tree like it, with a floating array in place of each mean.
+
+    Raises:
+      AssertionError: ``empty`` does not fit a mean.
+
+    Example:
+      >>> import wloss_jax as wl
+      >>> means = {"loss": wl.WeightedMean(10.0, 4.0), "mae": wl.WeightedMean(3.0, 2.0)}
+      >>> {name: float(x) for name, x in wl.compute(means).items()}
+      {'loss': 2.5, 'mae': 1.5}
+    """
+    if isinstance(tree, Mapping):
+        return {name: compute(value, empty) for name, value in tree.items()}
+
+    def is_node(x: Any) -> bool:
+        return isinstance(x, WeightedMean | RunningMean | Mapping)
+
+    def divided(x: Any) -> Any:
+        if isinstance(x, Mapping):
+            return compute(x, empty)
+        return x.compute(empty) if is_node(x) else x
+
+    return jax.tree.map(divided, tree, is_leaf=is_node)

@@ -16,7 +16,6 @@ from wloss_jax._checks import (
     check_array,
     check_value,
 )
-from wloss_jax._microbatches import last_name
 from wloss_jax.masks import (
     expand_leading,
 )
@@ -86,7 +85,7 @@ def find_floor(loss: Trial, batch: PyTree, whole: Outcome) -> Change | None:
 
 def _scale_weights(batch: PyTree, scale: float) -> PyTree:
     def scaled(path: tuple[Any, ...], leaf: Any) -> Any:
-        if last_name(path) != "weights":
+        if _last_name(path) != "weights":
             return leaf
         # In float32 at least, as float16 has no room.
         dtype = jnp.promote_types(
@@ -95,6 +94,12 @@ def _scale_weights(batch: PyTree, scale: float) -> PyTree:
         return jnp.asarray(leaf, dtype) * scale
 
     return jax.tree_util.tree_map_with_path(scaled, batch)
+
+
+def _last_name(path: tuple[Any, ...]) -> str:
+    """The name of a leaf: the last key or attribute on its path, if that is a name."""
+    key = path[-1]
+    return str(getattr(key, "key", getattr(key, "name", None)))
 
 
 def check_masks(batch: PyTree, where: PyTree) -> list[Any]:

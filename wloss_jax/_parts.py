@@ -1,0 +1,225 @@
+"""Parts of a loss, and what makes one number of them: their slopes.
+
+Parts are a tree of `WeightedMean`s and of arrays of rows. A *slope* is the derivative
+of the combined loss with respect to a total or a row; weights are constants, and have
+none.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.interpreters import partial_eval
+from jax.typing import ArrayLike
+
+from wloss_jax._checks import (
+    check_dtype,
+    check_function,
+    check_scalar,
+    check_shape,
+    check_type,
+    check_value,
+)
+from wloss_jax._devices import unsharded_rows
+from wloss_jax.means import WeightedMean
+
+PyTree = Any
+Combine = Callable[..., Any]  # parts and what is differentiated, to a scalar
+
+
+def is_mean(x: Any) -> bool:
+    """Whether ``x`` is a `WeightedMean`, for ``is_leaf``."""
+    return isinstance(x, WeightedMean)
+
+
+def constant_weights(tree: PyTree) -> PyTree:
+    """The tree, with weights that no gradient flows through."""
+
+    def constant(x: Any) -> Any:
+        if not is_mean(x):
+            return x
+        return WeightedMean(x.total, jax.lax.stop_gradient(x.weight))
+
+    return jax.tree.map(constant, tree, is_leaf=is_mean)
+
+
+# ----------------------------------------------------------- what is differentiated
+
+
+def have_slopes(parts: PyTree) -> list[bool]:
+    """Which arrays of the parts have a slope: totals, and rows of floating numbers."""
+
+    def marks(x: Any) -> Any:
+        if is_mean(x):
+            return WeightedMean.tree_unflatten(None, (True, False))
+        return jnp.issubdtype(x.dtype, jnp.inexact)
+
+    return jax.tree.leaves(jax.tree.map(marks, parts, is_leaf=is_mean))
+
+
+def weight_indices(parts: PyTree) -> list[int]:
+    """Which arrays of the parts are weights; each stands behind its total."""
+
+    def marks(x: Any) -> Any:
+        return WeightedMean.tree_unflatten(None, (False, True)) if is_mean(x) else False
+
+    flags = jax.tree.leaves(jax.tree.map(marks, parts, is_leaf=is_mean))
+    return [i for i, is_weight in enumerate(flags) if is_weight]
+
+
+def sloped(parts: PyTree) -> list[Any]:
+    """The arrays that have a slope."""
+    return list(itertools.compress(jax.tree.leaves(parts), have_slopes(parts)))
+
+
+def with_sloped(parts: PyTree, arrays: list[Any]) -> PyTree:
+    """The parts with ``arrays`` in place of those that have a slope."""
+    rest, flags = iter(arrays), iter(have_slopes(parts))
+    return jax.tree.map(lambda x: next(rest) if next(flags) else x, parts)
+
+
+def differentiate(
+    combine: Combine, parts: PyTree, params: PyTree
+) -> tuple[jax.Array, list[jax.Array], PyTree]:
+    """The combined loss, the slopes of its parts, and its own of the parameters."""
+
+    def loss(arrays: list[jax.Array], params: PyTree) -> jax.Array:
+        whole = jax.tree.map(
+            lambda x: x if is_mean(x) else unsharded_rows(x),
+            with_sloped(parts, arrays),
+            is_leaf=is_mean,
+        )
+        return _check_loss(combine(whole, params))
+
+    value, (slopes, direct) = jax.value_and_grad(loss, (0, 1))(sloped(parts), params)
+    return value, slopes, direct
+
+
+def needed(
+    function: Callable[[list[jax.Array]], list[jax.Array]],
+    shapes: list[jax.ShapeDtypeStruct],
+) -> list[bool]:
+    """Which of its arguments the results of a function hang on.
+
+    The slope of a mean, say, hangs on its weight alone.
+    """
+    jaxpr = jax.make_jaxpr(function)(shapes).jaxpr
+    return used_inputs(jaxpr, *range(len(jaxpr.outvars)))
+
+
+def used_inputs(jaxpr: Any, *outputs: int) -> list[bool]:
+    """Which inputs of a traced function these ``outputs`` hang on."""
+    wanted = [i in outputs for i in range(len(jaxpr.outvars))]
+    _, used = partial_eval.dce_jaxpr(jaxpr, wanted)
+    return list(used)
+
+
+def _check_loss(value: Any) -> jax.Array:
+    rest = (
+        "must return the loss, one floating scalar: a `WeightedMean` is divided by its "
+        f"`.compute()`, rows are reduced; got {value!r}."
+    )
+    check_type("combine", isinstance(value, jax.Array | float), rest)
+    scalar = jnp.asarray(value)
+    check_shape("combine", scalar, (), rest)
+    check_dtype("combine", scalar, float, rest)
+    return scalar
+
+
+# ------------------------------------------------------------------ what parts may be
+
+
+def check_parts(parts: PyTree) -> None:
+    """Checks that all leaves are `WeightedMean`s or rows, and that there are some."""
+    leaves = jax.tree_util.tree_leaves_with_path(parts, is_leaf=is_mean)
+    check_type(
+        "loss_fn",
+        bool(leaves),
+        f"must return parts with `combine`, a tree of `WeightedMean`s and of arrays "
+        f"[B, ...]; got {parts!r}.",
+    )
+    for path, leaf in leaves:
+        check_type(
+            "loss_fn",
+            is_mean(leaf) or (hasattr(leaf, "dtype") and hasattr(leaf, "shape")),
+            "must return parts with `combine`: `WeightedMean`s, which are added up, "
+            f"and arrays [B, ...], which are put together; got {leaf!r} at "
+            f"`parts{jax.tree_util.keystr(path)}`.",
+        )
+        check_value(
+            "loss_fn",
+            is_mean(leaf) or jnp.ndim(leaf) > 0,
+            "must return parts with `combine`, and a scalar is neither a sum with its "
+            "weight nor an array of rows: return the `WeightedMean`, whose `.total` is "
+            "a sum over the whole batch, or compute in `combine` what does not depend "
+            f"on the batch; got {leaf!r} at `parts{jax.tree_util.keystr(path)}`.",
+        )
+
+
+def check_means(value: Any) -> None:
+    """Checks that all leaves are scalar `WeightedMean`s, and that there are some."""
+    means = jax.tree.leaves(value, is_leaf=is_mean)
+    check_type(
+        "loss_fn",
+        bool(means) and all(map(is_mean, means)),
+        "must return a `WeightedMean`, or a tree of them, not divided yet; beside it, "
+        "aux needs `has_aux=True`, and a loss that is no mean needs `combine`; got "
+        f"{value!r}.",
+    )
+    for mean in means:
+        check_shape(
+            "loss_fn",
+            mean.total,
+            (),
+            "must return scalar `WeightedMean`s: `.merge()` the batch axes, after "
+            "reweighting.",
+        )
+
+
+def checks_and_combine(
+    combine: Combine | None, coefficients: Mapping[str, ArrayLike] | None
+) -> tuple[Callable[[Any], None], Combine]:
+    """What checks the parts, and what makes a loss of them."""
+    if combine is None:
+        return check_means, sum_of_means(coefficients)
+    check_function("combine", combine)
+    check_value(
+        "coefficients",
+        coefficients is None,
+        "and `combine` do not go together: multiply inside of `combine`, which sees "
+        "the parts by name.",
+    )
+    return check_parts, combine
+
+
+def sum_of_means(coefficients: Mapping[str, ArrayLike] | None) -> Combine:
+    """The loss that is made of means by themselves: their sum, each by its factor."""
+    check_type(
+        "coefficients",
+        coefficients is None or isinstance(coefficients, Mapping),
+        f"must be a dict of factors by the name of the term; got {coefficients!r}.",
+    )
+    factors = {
+        name: check_scalar(f"coefficients[{name!r}]", factor)
+        for name, factor in dict(coefficients or {}).items()
+    }
+
+    def combine(value: Any, *_: PyTree) -> jax.Array:
+        terms = dict(value) if isinstance(value, Mapping) else {}
+        check_value(
+            "coefficients",
+            factors.keys() <= terms.keys(),
+            f"names {sorted(factors)}, but the terms that `loss_fn` returns are "
+            f"{list(terms)}; a lone `WeightedMean` has no name.",
+        )
+        loss: jax.Array = jnp.float32(0)
+        for name, term in terms.items() if terms else [("", value)]:
+            for mean in jax.tree.leaves(term, is_leaf=is_mean):
+                loss = loss + factors.get(name, 1.0) * mean.compute()
+        return loss
+
+    return combine
