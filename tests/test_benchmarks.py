@@ -59,6 +59,7 @@ def quick_cases():
                 yield pytest.param(make, id=f"{row}: {name}")
 
 
+@pytest.mark.program
 @pytest.mark.parametrize("make", list(quick_cases()))
 def test_contestants_agree(make, request):
     """A race between different numbers would mean nothing."""
@@ -79,6 +80,7 @@ def first_leaf(result):
     return np.asarray(leaf.detach() if hasattr(leaf, "detach") else leaf, np.float64)
 
 
+@pytest.mark.program
 def test_gradients_of_the_two_head_contestants_agree():
     contestants = two_heads.cases(quick=True)["MAE 8x32"]().contestants
     _, desired = contestants[OURS]()
@@ -152,6 +154,7 @@ def test_a_peer_that_is_not_installed_is_named_as_absent(monkeypatch):
     assert cells[f"limit: {case.limit_name} |"] == "250 (25%) |"
 
 
+@pytest.mark.program
 def test_quick_mode_prints_saves_and_draws(tmp_path):
     rows = ("two_heads", "compiles", "pad_ragged")
     files = tmp_path / "figures.json", tmp_path / "figure.png"
@@ -216,6 +219,7 @@ def measured(figures, program, target):
     return figures[program][target]
 
 
+@pytest.mark.program
 @pytest.mark.parametrize("program", TWO_HEADS + ELEMENTWISE)
 def test_a_loss_and_its_gradient_are_one_kernel_on_h100(figures, program):
     one = measured(figures, program, "H100")
@@ -223,18 +227,21 @@ def test_a_loss_and_its_gradient_are_one_kernel_on_h100(figures, program):
     assert one["bytes"] < one["fewest"] + 0.1  # sums of blocks and of lengths
 
 
+@pytest.mark.program
 def test_missing_targets_are_counted_in_a_kernel_of_their_own_on_h100(figures):
     """The gradient's scale is their number, so that they are read twice."""
     one = measured(figures, MISSING, "H100")
     assert (one["kernels"], one["bytes"] < 26.1) == (2, True)
 
 
+@pytest.mark.program
 @pytest.mark.parametrize("target", compiled.TPUS)
 @pytest.mark.parametrize("program", [*TWO_HEADS, MISSING])
 def test_two_heads_take_30_bytes_an_element_on_tpu(figures, program, target):
     assert measured(figures, program, target)["bytes"] < 30.1
 
 
+@pytest.mark.program
 def test_the_linear_cross_entropy_takes_less_than_2_gib_on_h100():
     """Of 32768 tokens, 2560 features and 128256 classes: 31 with logits."""
     if not has_cuda():

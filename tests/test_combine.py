@@ -72,6 +72,7 @@ def mapped(count, check_vma=True, **options):
 # ------------------------------------------------------------------- every split
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("num_microbatches", [1, 2, 8, B, 3])
 def test_every_loss_is_the_oracle_in_any_number_of_microbatches(num_microbatches):
     check(jax.jit(all_losses(num_microbatches=num_microbatches)))

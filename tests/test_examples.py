@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.program
 @pytest.mark.parametrize(
     "name",
     ["quickstart", "choose_your_mean", "check_your_own_loss", "accumulate_and_shard"],

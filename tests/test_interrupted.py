@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+import pytest
 
 import wloss_jax as wl
 
@@ -91,6 +92,7 @@ def finish(run, code):
     return int(output.split()[-1])
 
 
+@pytest.mark.program
 def test_killed_runs_end_bit_for_bit_like_the_one_that_was_not(tmp_path):
     seed = random.randrange(10**6)
     print("seed", seed)  # shown if the test fails

@@ -7,11 +7,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "language_model.py"
 OPTIONS = (
     "--steps 6 --vocab-size 4096 --width 32 --row-size 64 --rows 4 --kilobytes 100"
 )
+
+pytestmark = pytest.mark.program
 
 
 def test_both_losses_learn_the_same():

@@ -126,6 +126,7 @@ def assert_close(actual, desired, rtol=2e-6):
 # ---------------------------------------------------------- against the float64 oracle
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_value_and_gradients_are_the_oracles(options):
     arrays = data()

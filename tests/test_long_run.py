@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 
+@pytest.mark.program
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
 def test_steps_on_ragged_batches_leave_nothing_behind():
     root = Path(__file__).parents[1]

@@ -95,6 +95,7 @@ def assert_oracle(case, batch, size, outcome, **keywords):
 # ------------------------------------------------------- against the float64 oracle
 
 
+@pytest.mark.core
 @every_loss
 @settings(deadline=None, max_examples=6)
 @example(lengths=LENGTHS, seed=0, poison=NAN)

@@ -92,6 +92,7 @@ def mesh():
 # ------------------------------------------------------------------- every split
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("num_microbatches", [1, 2, 8, 3])
 def test_is_the_oracle_at_every_k(num_microbatches):
     step = wl.nnx.value_and_grad(

@@ -14,6 +14,8 @@ import pytest
 EXAMPLE = Path(__file__).parents[1] / "examples" / "train_two_head.py"
 REAL_DATA = Path(__file__).parents[2] / "shared" / "data" / "ribonanza_sample.csv"
 
+pytestmark = pytest.mark.program
+
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once(tmp_path_factory):
