@@ -129,6 +129,126 @@ def test_weights_that_look_at_the_loss_cost_a_forward_pass():
     assert matrix_products(compile_step(step, rows=64)) == 7 + 3
 
 
+def two_terms(params, batch):
+    m = loss_fn(params, batch)
+    return {"one": m, "other": wl.WeightedMean(2 * m.total, m.weight)}
+
+
+def squares(params):
+    return sum((p**2).sum() for p in jax.tree.leaves(params))
+
+
+def rows(params, batch):
+    return per_sample(params, batch).total
+
+
+def learned(m, params):
+    s = params["third"][0, 0]
+    return jnp.exp(-s) * m["one"].compute() + m["other"].compute() + s
+
+
+@pytest.mark.parametrize(
+    ("parts", "combine"),
+    [
+        (loss_fn, lambda m, params: m.total),
+        (loss_fn, lambda m, params: m.total / 100),
+        (loss_fn, lambda m, params: m.total / jnp.maximum(m.weight, 1)),
+        (loss_fn, lambda m, params: m.compute() + 1e-3 * squares(params)),
+        (two_terms, lambda m, params: m["one"].compute() + m["other"].total / 7),
+        (two_terms, learned),
+        (rows, lambda totals, params: totals.mean()),
+    ],
+)
+def test_slopes_that_hang_on_weights_alone_cost_nothing(parts, combine):
+    """The gradient of what a sum is multiplied by comes of the second evaluation."""
+    step = wl.value_and_grad(parts, combine=combine, num_microbatches=8)
+    assert matrix_products(compile_step(step, rows=64)) == 7
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 8])
+@pytest.mark.parametrize(
+    ("parts", "combine"),
+    [
+        (loss_fn, lambda m, params: jnp.sqrt(m.compute())),
+        (rows, lambda totals, params: (totals**2).mean()),
+    ],
+)
+def test_slopes_that_look_at_the_loss_cost_a_forward_pass(
+    parts, combine, num_microbatches
+):
+    step = wl.value_and_grad(parts, combine=combine, num_microbatches=num_microbatches)
+    more = 3 * (num_microbatches > 1)
+    assert matrix_products(compile_step(step, rows=64)) == 7 + more
+
+
+@needs_devices
+@pytest.mark.parametrize("num_microbatches", [1, 2])
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_rows_are_gathered_once_and_gradients_added_up_once(
+    check_vma, num_microbatches
+):
+    def step(params, batch):
+        return wl.value_and_grad(
+            rows,
+            combine=lambda totals, params: (totals**2).mean(),
+            num_microbatches=num_microbatches,
+            axis_name="data",
+        )(params, batch)
+
+    text = compile_step(
+        jax.shard_map(
+            step,
+            mesh=line(),
+            in_specs=(P(), P("data")),
+            out_specs=P(),
+            check_vma=check_vma,
+        ),
+        rows=64,
+        mesh=line(),
+    ).as_text()
+    assert text.count(" all-gather(") == 1
+    assert not [move for move in MOVES[1:] if move in text]
+    (sizes,) = all_reduces(text)  # the value, as all devices have it, along with them
+    assert sum(sizes) <= NUM_PARAMS + 1
+    inside = loops(text)
+    assert all_reduces(inside) == []
+    assert "all-gather" not in inside
+
+
+def test_memory_is_that_of_one_microbatch_and_of_what_combine_needs():
+    """Twelve layers, 16 microbatches of 16 rows of 32 tokens."""
+    layers, rows, count, out = 12, 256, 16, 16
+
+    def embed(params, batch):
+        x = batch["x"]
+        for kernel in params:
+            x = jnp.tanh(x @ kernel)
+        return x.mean(1)[:, :out]
+
+    def combine(rows, params):
+        return jax.nn.logsumexp(rows @ rows.T, 1).mean()
+
+    params = [jax.ShapeDtypeStruct((FEATURES, FEATURES), jnp.float32)] * layers
+    batch = {"x": jax.ShapeDtypeStruct((rows, L, FEATURES), jnp.float32)}
+    embedded = jax.ShapeDtypeStruct((rows, out), jnp.float32)
+
+    def peak(step, *arguments):
+        compiled = jax.jit(step).lower(*arguments).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    step = wl.value_and_grad(embed, combine=combine, num_microbatches=count)
+    activations = 4 * layers * rows // count * L * FEATURES
+    needed = (
+        activations
+        + 4 * rows * out
+        + 4 * layers * FEATURES**2
+        + peak(jax.value_and_grad(lambda rows: combine(rows, None)), embedded)
+    )
+    assert peak(step, params, batch) < 1.5 * needed
+    # Beside it: all activations at once are 16 times those of one microbatch.
+    assert peak(wl.value_and_grad(embed, combine=combine), params, batch) > 3 * needed
+
+
 def plain_sums(params, batch):
     """Adds up totals, weights and gradients of 8 microbatches, and no more."""
 

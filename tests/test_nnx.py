@@ -116,6 +116,95 @@ def test_is_the_pure_front(num_microbatches):
     assert_close(as_two_terms(ours_grads), grads)
 
 
+# ------------------------------------------------------------------------ combine
+
+
+def pooled(model, batch):
+    return model(batch["features"]).mean(1)
+
+
+def of_rows(rows, model):
+    """Looks at all rows, and at the module."""
+    return jax.nn.logsumexp(rows[:, None] * rows, 1).mean() + penalty(model)
+
+
+def penalty(model):
+    return (model.outer.kernel[...] ** 2).sum()
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 4])
+def test_combine_is_that_of_the_whole_batch_where_streams_draw_alike(num_microbatches):
+    """Dropout of each microbatch, which both evaluations of it must draw."""
+    net, by_hand = Net(dropout=0.5), Net(dropout=0.5)
+    net.eval()  # batch statistics are those of a microbatch: leave them out
+    by_hand.eval()
+    for each in (net, by_hand):
+        each.dropout.deterministic = False
+    step = wl.nnx.value_and_grad(
+        pooled, combine=of_rows, num_microbatches=num_microbatches
+    )
+    value, grads = nnx.jit(step)(net, BATCH)
+
+    @nnx.jit
+    @nnx.value_and_grad
+    def whole(net, batch):
+        rows = []
+        for i in range(num_microbatches):
+            part = jax.tree.map(lambda x, i=i: x[i::num_microbatches], batch)
+            rows.append(pooled(net, part))
+        return of_rows(jnp.stack(rows, 1).ravel(), net)
+
+    expected, expected_grads = whole(by_hand, BATCH)
+    assert_close(value, expected)
+    assert_close(grads, expected_grads)
+    assert_close(state_of(net), state_of(by_hand))
+    assert net.calls[...] == net.dropout.rngs.count[...] == num_microbatches
+
+
+def test_combine_sees_what_is_differentiated_and_leaves_it_alone():
+    net, scale = TwoTerms(), {"scale": jnp.float32(2.0)}
+
+    def combine(means, scale, model):
+        model.number[...] = jnp.zeros_like(model.number[...])
+        return scale["scale"] * jnp.sqrt(means["number"].compute())
+
+    step = wl.nnx.value_and_grad(
+        lambda model, batch, scale: two_terms_loss(model, batch),
+        (2, 0),
+        combine=combine,
+        num_microbatches=2,
+    )
+    value, (grad, _) = nnx.jit(step)(net, BATCH, scale)
+    assert_close(value, 2 * np.sqrt(EXPECTED[0]["number"][0]))
+    assert_close(grad["scale"], value / 2)
+    assert_close(net.number[...], PARAMS["number"])
+
+
+def test_a_second_module_that_is_no_batch_is_left_alone_and_keeps_its_state():
+    def loss_fn(model, other, batch):
+        return wl.weighted_mean(model(batch["features"]) + other(batch["features"]))
+
+    model, other = Net(0), Net(1)
+    nnx.jit(wl.nnx.value_and_grad(loss_fn))(model, other, BATCH)
+    assert model.calls[...] == other.calls[...] == 1
+
+
+def test_the_pure_front_says_that_a_module_is_for_this_one():
+    for k in 1, 2:
+        step = wl.value_and_grad(net_loss, num_microbatches=k)
+        with pytest.raises(
+            TypeError, match=r"`loss_fn` is .*`wloss_jax\.nnx\.value_and"
+        ):
+            step(Net(), BATCH)
+    # A state is a tree of arrays, as any other.
+    graphdef, params, rest = nnx.split(Net(), nnx.Param, ...)
+
+    def of_state(params, batch):
+        return net_loss(nnx.merge(graphdef, params, rest, copy=True), batch)
+
+    jax.jit(wl.value_and_grad(of_state, num_microbatches=2))(params, BATCH)
+
+
 # ---------------------------------------------------------------- state, carried
 
 

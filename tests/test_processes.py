@@ -14,7 +14,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tests.oracle import two_terms
+import wloss_jax as wl
+from tests.oracle import combined, two_terms
 
 SIZE, ROWS = 6, 8  # padded; the rows of a process, on two devices
 LENGTHS = [[6, 5, 6, 4, 6, 3, 1], [1, 0, 2]]  # of each process: 31 tokens, and 3
@@ -50,6 +51,27 @@ def main(process, port):
         two_terms.assert_exact(result, expected)
         print("exact:", name)
 
+    params = combined.draw_params()
+    samples = combined.draw_samples([3, 1, 5, 2, 4, 1, 5, 3, 2, 2, 4, 1, 5, 5, 3, 1])
+    expected = combined.oracle(params, samples)
+    own = samples[process * ROWS : (process + 1) * ROWS]
+    batch = jax.make_array_from_process_local_data(
+        NamedSharding(mesh, P("data")), combined.pad(own)
+    )
+    for name in ("clip", "rmse by column"):
+        parts, combine = combined.PARTS[name], combined.COMBINE[name]
+        options = {"combine": combine, "num_microbatches": 2}
+        of_devices = jax.shard_map(
+            wl.value_and_grad(parts, axis_name="data", **options),
+            mesh=mesh,
+            in_specs=(P(), P("data")),
+            out_specs=P(),
+        )
+        for way in (wl.value_and_grad(parts, **options), of_devices):
+            result = jax.tree.map(np.asarray, jax.jit(way)(params, batch))
+            combined.assert_exact(name, result, expected)
+            print("exact:", name)
+
 
 def free_port():
     with socket.socket() as server:
@@ -82,7 +104,7 @@ def test_two_processes_with_unequal_batches_are_one():
             process.kill()
     for process, log in zip(processes, logs, strict=True):
         assert process.returncode == 0, log
-        assert log.count("exact:") == 3, log
+        assert log.count("exact:") == 3 + 4, log
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ ROWS = (
     "cross_entropy",
     "linear_cross_entropy",
     "accumulation",
+    "contrastive",
     "compiles",
     "pad_ragged",
     "import_time",
