@@ -66,7 +66,7 @@ def test_devices_and_microbatches_together_are_the_oracle(lengths, seed):
                 two_terms.assert_exact(result, expected)
 
 
-def test_each_device_pads_its_rows_if_they_do_not_divide():
+def test_each_device_cuts_its_rows_where_k_does_not_divide_them():
     two_terms.assert_exact(sharded_step(4, 3)(PARAMS, BATCH), EXPECTED)
 
 

@@ -123,7 +123,7 @@ def _check_loss(value: Any) -> jax.Array:
         "must return the loss, one floating scalar: a `WeightedMean` is divided by its "
         f"`.compute()`, rows are reduced; got {value!r}."
     )
-    check_type("combine", isinstance(value, jax.Array | float), rest)
+    check_type("combine", isinstance(value, float) or hasattr(value, "dtype"), rest)
     scalar = jnp.asarray(value)
     check_shape("combine", scalar, (), rest)
     check_dtype("combine", scalar, float, rest)
