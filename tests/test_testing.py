@@ -157,6 +157,38 @@ def test_small_labels(dtype):
     check(assert_padding_invariant, two_terms, BATCH | {"labels": labels})
 
 
+def pooled(params, batch):
+    x = features(batch) @ params["classes"]
+    return wl.per_sample(wl.weighted_mean)(
+        x[..., 0], lengths=batch["lengths"]
+    ).compute()
+
+
+def pairs(rows, params):
+    """Looks at every pair of rows, and at the parameters."""
+    loss = jax.nn.logsumexp(rows[:, None] * rows, 1).mean()
+    return loss + (params["head"] ** 2).sum()
+
+
+def root(mean, params):
+    return jnp.sqrt(mean.compute())
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_sound_combined_losses_pass(law):
+    check(law, pooled, combine=pairs)
+    check(law, every_sample_the_same, combine=root)
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_trees_of_terms_pass(law):
+    def nested(params, batch):
+        terms = two_terms(params, batch)
+        return [terms["number"], {"class": (terms["class"], None)}]
+
+    check(law, nested)
+
+
 # ------------------------------------------------------------------ broken losses
 
 
@@ -350,6 +382,30 @@ def test_broken_losses_are_told_what_is_wrong(law, loss_fn, texts):
         assert text in str(error.value)
 
 
+def test_combined_losses_that_are_broken_are_told_what_is_wrong():
+    def centered(params, batch):
+        return 5 * (pooled(params, batch) - pooled(params, batch).mean())
+
+    with pytest.raises(AssertionError) as error:
+        check(assert_split_invariant, centered, combine=pairs)
+    assert "Split law broken: combined over 3 micro" in str(error.value)
+    assert "do the rest in `combine`" in str(error.value)
+
+    def by_place(rows, params):
+        return (rows * jnp.arange(len(rows))).sum()
+
+    with pytest.raises(AssertionError, match=r"Permutation law .* rows reversed"):
+        check(assert_permutation_invariant, pooled, combine=by_place)
+
+
+def test_a_broken_term_of_a_tree_is_named_by_its_path():
+    def nested(params, batch):
+        return {"a": [every_element(params, batch), mean_then_weight(params, batch)]}
+
+    with pytest.raises(AssertionError, match=r"the mean of `\['a'\]\[1\]` is"):
+        check(assert_split_invariant, nested)
+
+
 def test_means_averaged_over_devices_are_told_by_the_order():
     batch = jax.tree.map(lambda x: x[jnp.array([0, 1, 2, 2])], BATCH)
     with pytest.raises(AssertionError, match=r"rows moved on by one(.|\n)*lax\.pmean"):
@@ -460,7 +516,7 @@ def test_rtol_says_how_much_may_move():
         ({"where": WHERE | {"y": jnp.float32(MASK)}}, r"`where\['y'\]` is float32"),
         ({"where": WHERE | {"lengths": MASK}}, r"`where\['lengths'\]` has shape"),
         ({"loss_fn": squares}, "`loss_fn` must return a floating scalar"),
-        ({"loss_fn": lambda p, b: {"a": wl.WeightedMean(1, 1), "b": p}}, "or a dict"),
+        ({"loss_fn": lambda p, b: {"a": wl.WeightedMean(1, 1), "b": p}}, "or a tree"),
     ],
 )
 def test_bad_arguments_of_padding(options, message):

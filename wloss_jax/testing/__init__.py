@@ -1,9 +1,10 @@
 """The laws that this package promises, as assertions on a loss function of your own.
 
-``loss_fn(params, batch)`` may return a scalar, a `wloss_jax.WeightedMean`, or a dict of
-either, the terms by name. Hand in a small batch that is as ragged as yours ever are,
-with an empty sample: a broken law shows only where the data lets it. Each assertion
-says which law broke, by how much, and the likeliest cause, found by experiment.
+``loss_fn(params, batch)`` may return a scalar, a `wloss_jax.WeightedMean`, or a tree of
+either, the terms by name; or the parts that a ``combine`` makes a loss of. Hand in a
+small batch that is as ragged as yours ever are, with an empty sample: a broken law
+shows only where the data lets it. Each assertion says which law broke, by how much, and
+the likeliest cause, found by experiment.
 
 Modules of `flax.nnx` are handed in split::
 

@@ -49,3 +49,8 @@ TOTAL_NO_SUM = (
     "`WeightedMean`. (Rows that look at each other, as in batch statistics, split no "
     "way.)"
 )
+PART_NO_SUM = (
+    "a part that is neither a plain sum nor a row by itself: a denominator or a floor "
+    "taken in `loss_fn`, which sees a part of the batch, or rows that look at each "
+    "other there. Return the sums and the rows, and do the rest in `combine`."
+)

@@ -21,6 +21,7 @@ from wloss_jax.testing._causes import (
     MASKED_AFTER,
     MISALIGNED,
     MULTIPLIED,
+    PART_NO_SUM,
     PLACED,
     READ,
     TOTAL_NO_SUM,
@@ -73,6 +74,7 @@ def assert_padding_invariant(
     *,
     where: PyTree,
     lengthen: bool = True,
+    combine: Callable[..., Any] | None = None,
     rtol: float | None = None,
 ) -> None:
     """Asserts that neither the content nor the amount of padding moves a loss.
@@ -90,13 +92,15 @@ def assert_padding_invariant(
     model that makes its inputs safe too; None is for inputs that hold numbers only.
 
     Args:
-      loss_fn: ``(params, batch)`` to a scalar, a `WeightedMean`, or a dict of either.
+      loss_fn: ``(params, batch)`` to a scalar, a `WeightedMean`, or a tree of either;
+        with ``combine``, to parts, as `wloss_jax.value_and_grad` takes them.
       params: a tree of floating arrays.
       batch: a tree of arrays ``[B, ...]``.
       where: a tree like ``batch``: for each leaf whose padding may hold anything, bool,
         lined up with the leading axes, True where it counts; None for the others, and
         for leaves that say themselves what counts: masks, lengths, sentinels.
       lengthen: False for a model that is bound to one length.
+      combine: ``(parts, params)`` to the loss, of the whole batch.
       rtol: how far a mean, and a gradient of its largest entry, may move; by default
         1e-4 in float32, 1e-9 in float64, and 0.03 in fewer bits.
 
@@ -121,7 +125,7 @@ def assert_padding_invariant(
       ...     print(str(error).splitlines()[0])
       Padding law broken: with nan at the padding of ['y'], the gradient is nan.
     """
-    loss = Trial(loss_fn, params, batch, rtol)
+    loss = Trial(loss_fn, params, batch, rtol, combine)
     leaves, treedef = jax.tree.flatten(batch, is_leaf=is_none)
     names = list(by_path(batch, is_none))
     masks = check_masks(batch, where)
@@ -171,7 +175,12 @@ def assert_padding_invariant(
 
 @_settled
 def assert_permutation_invariant(
-    loss_fn: LossFn, params: PyTree, batch: PyTree, *, rtol: float | None = None
+    loss_fn: LossFn,
+    params: PyTree,
+    batch: PyTree,
+    *,
+    combine: Callable[..., Any] | None = None,
+    rtol: float | None = None,
 ) -> None:
     """Asserts that the order of the samples does not move a loss.
 
@@ -180,9 +189,11 @@ def assert_permutation_invariant(
     The rows are reversed, moved on by one, and shuffled.
 
     Args:
-      loss_fn: ``(params, batch)`` to a scalar, a `WeightedMean`, or a dict of either.
+      loss_fn: ``(params, batch)`` to a scalar, a `WeightedMean`, or a tree of either;
+        with ``combine``, to parts, as `wloss_jax.value_and_grad` takes them.
       params: a tree of floating arrays.
       batch: a tree of arrays ``[B, ...]``, B at least 2.
+      combine: ``(parts, params)`` to the loss, of the whole batch.
       rtol: as in `assert_padding_invariant`.
 
     Raises:
@@ -203,7 +214,7 @@ def assert_permutation_invariant(
       ...     print(str(error).splitlines()[0])
       Permutation law broken: with rows reversed, the mean of `loss` is 2.5, not 3.5.
     """
-    loss = Trial(loss_fn, params, batch, rtol)
+    loss = Trial(loss_fn, params, batch, rtol, combine)
     size = check_rows(batch)
     expected = loss.run(batch)
     check_finite(expected, "rows in their order")
@@ -222,7 +233,12 @@ def assert_permutation_invariant(
 
 @_settled
 def assert_split_invariant(
-    loss_fn: LossFn, params: PyTree, batch: PyTree, *, rtol: float | None = None
+    loss_fn: LossFn,
+    params: PyTree,
+    batch: PyTree,
+    *,
+    combine: Callable[..., Any] | None = None,
+    rtol: float | None = None,
 ) -> None:
     """Asserts that microbatches and devices do not move a loss.
 
@@ -233,15 +249,18 @@ def assert_split_invariant(
     every such number of the devices that there are. The parts of a `WeightedMean` are
     added up, totals and weights. A scalar has no weight: its parts must average to the
     whole, as a training loop or `jax.lax.pmean` averages them, or add up to it, as
-    those of a sum do. Those of a mean over ragged data do neither.
+    those of a sum do. Those of a mean over ragged data do neither. With ``combine``,
+    parts are added up or put together, and the loss is made of them then.
 
     A leaf of the batch that is named ``weights`` is scaled down and up as well, and the
     loss must stay, or scale with it: the weights of a small part are small.
 
     Args:
-      loss_fn: ``(params, batch)`` to a scalar, a `WeightedMean`, or a dict of either.
+      loss_fn: ``(params, batch)`` to a scalar, a `WeightedMean`, or a tree of either;
+        with ``combine``, to parts, as `wloss_jax.value_and_grad` takes them.
       params: a tree of floating arrays.
       batch: a tree of arrays ``[B, ...]``, B at least 2.
+      combine: ``(parts, params)`` to the loss, of the whole batch.
       rtol: as in `assert_padding_invariant`.
 
     Raises:
@@ -261,25 +280,34 @@ def assert_split_invariant(
       ... except AssertionError as error:
       ...     print(str(error).splitlines()[0])
       Split law broken: averaged over 2 microbatches, the mean of `loss` is 2, not 1.5.
+      >>> def root(mean, params):
+      ...     return jnp.sqrt(mean.compute())
+      >>> wl.testing.assert_split_invariant(sound, 1.0, batch, combine=root)
     """
-    loss = Trial(loss_fn, params, batch, rtol)
+    loss = Trial(loss_fn, params, batch, rtol, combine)
     size = check_rows(batch)
     whole = loss.run(batch)
     check_finite(whole, "all rows together")
-    floor = find_floor(loss, batch, whole)
+    floor = None if combine else find_floor(loss, batch, whole)
 
-    ways = ["averaged over", "added up over"] if loss.is_scalar else ["added up over"]
-    for count, parts, step in splits(loss.terms_fn, size):
+    if combine:
+        ways = ["combined over"]
+    else:
+        ways = ["averaged over"] * loss.is_scalar + ["added up over"]
+    for count, parts, step in splits(loss, size):
         with during(f"the batch cut into {parts}"):
             got = loss.run(batch, step)
         sums = got.times(count) if loss.is_scalar else got
         changes = {}
-        for way, result in (("averaged over", got), ("added up over", sums)):
-            if way in ways and (change := loss.change(whole, result)):
+        for way in ways:
+            result = sums if way == "added up over" else got
+            if change := loss.change(whole, result):
                 changes[way] = change
         if len(changes) == len(ways):
             change = changes[ways[0]]
-            if floor:
+            if combine:
+                cause = PART_NO_SUM
+            elif floor:
                 cause = FLOOR
             elif loss.is_scalar:
                 cause = DIVIDED

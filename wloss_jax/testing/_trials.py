@@ -21,6 +21,7 @@ from wloss_jax._checks import (
     check_parameters,
     check_type,
 )
+from wloss_jax._parts import is_mean
 from wloss_jax.gradients import value_and_grad
 from wloss_jax.means import WeightedMean
 
@@ -61,47 +62,48 @@ class Trial:
     """A loss function as `value_and_grad` takes it, and its parameters."""
 
     def __init__(
-        self, loss_fn: LossFn, params: PyTree, batch: PyTree, rtol: float | None
+        self,
+        loss_fn: LossFn,
+        params: PyTree,
+        batch: PyTree,
+        rtol: float | None,
+        combine: Callable[..., Any] | None = None,
     ):
         check_function("loss_fn", loss_fn)
         check_parameters("params", params)
         if rtol is not None:
             check_number("rtol", rtol, low=0)
-        shape = jax.eval_shape(loss_fn, params, batch)
-        terms = list(shape.values()) if isinstance(shape, dict) else [shape]
-        are_means = [isinstance(term, WeightedMean) for term in terms]
-        check_type(
-            "loss_fn",
-            all(are_means) if any(are_means) else all(map(_is_scalar, terms)),
-            "must return a floating scalar, a `WeightedMean`, or a dict of one or the "
-            f"other; got {shape!r}.",
-        )
-        self.is_scalar = not any(are_means)
         self.loss_fn = loss_fn
         self.params = params
         self.rtol = rtol
+        self.combine = combine
+        self.is_scalar = combine is None and _are_scalars(loss_fn, params, batch)
         # Its simplifier turns some multiplications by a mask into choices, which are
         # safe; whether a loss is must not hang on which ones.
         as_written = {"xla_disable_hlo_passes": "algsimp"}
-        self.step = jax.jit(value_and_grad(self.terms_fn), compiler_options=as_written)
+        self.step = jax.jit(self.make_step(), compiler_options=as_written)
 
-    def terms_fn(self, params: PyTree, batch: PyTree) -> dict[str, WeightedMean]:
+    def make_step(self, **options: Any) -> Callable[..., Any]:
+        """Value, by name where there are several terms, and gradient."""
+        if self.combine is not None:
+            return value_and_grad(self.loss_fn, combine=self.combine, **options)
+        return value_and_grad(self._terms, **options)
+
+    def _terms(self, params: PyTree, batch: PyTree) -> dict[str, WeightedMean]:
         """The terms by name; a scalar as the mean of a weight of 1."""
-        value = self.loss_fn(params, batch)
-        terms = value if isinstance(value, dict) else {"loss": value}
+        terms = _by_name(self.loss_fn(params, batch))
         if not self.is_scalar:
             return terms
         return {k: WeightedMean(x, jnp.ones_like(x)) for k, x in terms.items()}
 
     def run(self, batch: PyTree, step: Callable[..., Any] | None = None) -> Outcome:
         value, grads = (step or self.step)(self.params, batch)
-        return Outcome(
-            {name: np.asarray(mean.compute()) for name, mean in value.items()},
-            {}
-            if self.is_scalar
-            else {name: np.asarray(mean.weight) for name, mean in value.items()},
-            by_path(jax.tree.map(np.asarray, grads)),
-        )
+        gradients = by_path(jax.tree.map(np.asarray, grads))
+        if self.combine is not None:
+            return Outcome({"loss": np.asarray(value)}, {}, gradients)
+        means = {name: np.asarray(mean.compute()) for name, mean in value.items()}
+        weights = {name: np.asarray(mean.weight) for name, mean in value.items()}
+        return Outcome(means, {} if self.is_scalar else weights, gradients)
 
     def change(self, expected: Outcome, got: Outcome) -> Change | None:
         """Says what differs by more than rounding, if anything does."""
@@ -146,29 +148,53 @@ def _largest(array: Any) -> float:
     return float(np.max(np.abs(array.astype(np.float64)), initial=0.0))
 
 
-def _is_scalar(term: Any) -> bool:
+def _are_scalars(loss_fn: LossFn, params: PyTree, batch: PyTree) -> bool:
+    """Whether a loss function returns scalars, and no `WeightedMean`s."""
+    shape = jax.eval_shape(loss_fn, params, batch)
+    terms = list(_by_name(shape).values())
+    are_means = [is_mean(term) for term in terms]
+    check_type(
+        "loss_fn",
+        all(are_means) if any(are_means) else bool(terms) and all(map(_is_one, terms)),
+        "must return a floating scalar, a `WeightedMean`, or a tree of one or the "
+        f"other, or have a `combine` that makes a scalar of it; got {shape!r}.",
+    )
+    return not any(are_means)
+
+
+def _is_one(term: Any) -> bool:
     is_array = isinstance(term, jax.ShapeDtypeStruct)
     return is_array and term.shape == () and jnp.issubdtype(term.dtype, jnp.floating)
 
 
-def splits(
-    terms_fn: LossFn, size: int
-) -> Iterator[tuple[int, str, Callable[..., Any]]]:
+def _by_name(terms: PyTree) -> dict[str, Any]:
+    """The leaves of a tree by their path, ``loss`` where there is one alone."""
+    flat = jax.tree_util.tree_leaves_with_path(terms, is_leaf=is_mean)
+    return {_name(path): leaf for path, leaf in flat}
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    key = path[0] if len(path) == 1 else None
+    if isinstance(key, jax.tree_util.DictKey):
+        return str(key.key)
+    return jax.tree_util.keystr(path) or "loss"
+
+
+def splits(loss: Trial, size: int) -> Iterator[tuple[int, str, Callable[..., Any]]]:
     """The splits of a batch: how many parts, in words, and a step that takes them."""
     divisors = [k for k in range(2, size + 1) if size % k == 0]
     for k in divisors:
-        step = jax.jit(value_and_grad(terms_fn, num_microbatches=k))
-        yield k, f"{k} microbatches", step
+        yield k, f"{k} microbatches", jax.jit(loss.make_step(num_microbatches=k))
     devices = jax.local_devices()
     for k in divisors:
         if k <= len(devices):
             mesh = Mesh(np.array(devices[:k]), ("devices",))
-            yield k, f"{k} devices", _on_devices(terms_fn, mesh)
+            yield k, f"{k} devices", _on_devices(loss, mesh)
 
 
-def _on_devices(terms_fn: LossFn, mesh: Mesh) -> Callable[..., Any]:
+def _on_devices(loss: Trial, mesh: Mesh) -> Callable[..., Any]:
     step = jax.shard_map(
-        value_and_grad(terms_fn, axis_name="devices"),
+        loss.make_step(axis_name="devices"),
         mesh=mesh,
         in_specs=(PartitionSpec(), PartitionSpec("devices")),
         out_specs=PartitionSpec(),
