@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -590,3 +591,10 @@ def test_errors_say_what_is_wrong(loss_fn, combine, options, message, num_microb
     with pytest.raises(AssertionError, match=message) as error:
         run()
     assert isinstance(error.value, ValueError | TypeError)
+
+
+def test_accumulated_calls_say_what_a_combined_loss_wants():
+    optimizer = wl.multi_steps(optax.sgd(1.0), every_k=2)
+    _, grads = wl.value_and_grad(embed, combine=alike)(SMALL, ROWS)
+    with pytest.raises(AssertionError, match="`combine` has none.* `num_microbatches`"):
+        optimizer.update(grads, optimizer.init(SMALL), SMALL)

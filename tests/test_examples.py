@@ -15,7 +15,13 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.program
 @pytest.mark.parametrize(
     "name",
-    ["quickstart", "choose_your_mean", "check_your_own_loss", "accumulate_and_shard"],
+    [
+        "quickstart",
+        "choose_your_mean",
+        "check_your_own_loss",
+        "accumulate_and_shard",
+        "any_loss",
+    ],
 )
 def test_the_example_prints_what_its_docstring_says(name):
     example = ROOT / "examples" / f"{name}.py"

@@ -77,8 +77,9 @@ def multi_steps(
     - A call of weight 0 adds nothing, whatever its gradient is, but it is one of the k.
       If all k weigh nothing, the optimizer steps with a gradient of 0, as it would for
       one big batch in which nothing counts; schedules advance alike.
-    - A loss of several terms has several weights, and one will not do: accumulate such
-      a loss with the microbatches of `wloss_jax.value_and_grad`.
+    - A loss of several terms has several weights, and one will not do; one that is made
+      by ``combine`` has none. Accumulate such losses with the microbatches of
+      `wloss_jax.value_and_grad`.
     - The sums are float32 or wider. ``optimizer`` sees their quotient in the dtype of
       ``params``, as with optax, and as it is if called without ``params``.
     - It also sees ``weight``, the sum over the calls, so that one `multi_steps` wraps
@@ -253,7 +254,9 @@ def _check_weight(weight: ArrayLike | None) -> jax.Array:
         False,
         custom_message="`weight` is missing: pass the weight that the mean loss of "
         "this call was divided by, `optimizer.update(grads, state, params, "
-        "weight=m.weight)`.",
+        "weight=m.weight)`. A loss made by `combine` has none, and is no average of "
+        "those of calls: cut its batch by `num_microbatches` of "
+        "`wloss_jax.value_and_grad` instead.",
     )
     # A count as a Python integer is exact; as an array it may have wrapped.
     weight = float(weight) if type(weight) is int else weight
