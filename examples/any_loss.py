@@ -41,11 +41,9 @@ BATCH = {
 PARAMS = {"w": jnp.eye(F) + 0.3, "v": jnp.eye(F), "log_scale": jnp.float32(1.0)}
 
 
-# What a part of the batch gives: rows, which are put together in the order of the batch,
-# and sums, which are added up.
-
-
 def pairs(params, batch):
+    """Rows: whatever part of the batch they come of, all of them are put together."""
+
     def normalized(x):
         return x / jnp.linalg.norm(x, axis=1, keepdims=True)
 
@@ -56,6 +54,7 @@ def pairs(params, batch):
 
 
 def overlaps(params, batch):
+    """Sums: those of the parts of the batch are added up."""
     p = jax.nn.sigmoid((batch["x"] @ params["w"])[..., 0])
     y = batch["inside"]
     return {
@@ -65,30 +64,32 @@ def overlaps(params, batch):
 
 
 def risks(params, batch):
+    """Rows again, and what comes with them."""
     risk = (batch["x"][:, 0] @ params["w"]).sum(1) / F
     return {"risk": risk, "time": batch["time"], "died": batch["died"]}
 
 
-# What is made of the whole batch, and of the parameters.
-
-
 def clip(rows, params):
+    """Finds the text of each image, and the image of each text, in the whole batch."""
     logits = jnp.exp(params["log_scale"]) * rows["image"] @ rows["text"].T
     of_images = jnp.diag(jax.nn.log_softmax(logits)).mean()
     return -(of_images + jnp.diag(jax.nn.log_softmax(logits.T)).mean()) / 2
 
 
 def dice(sums, params):
+    """Compares what is inside, and what is said to be, of all samples together."""
     return 1 - 2 * sums["both"].total / sums["each"].total
 
 
 def cox(rows, params):
+    """Compares who died with all that were alive then."""
     at_risk = rows["time"] >= rows["time"][:, None]
     hazard = jax.nn.logsumexp(jnp.where(at_risk, rows["risk"], -jnp.inf), axis=1)
     return -jnp.mean(rows["risk"] - hazard, where=rows["died"])
 
 
 def on_four_devices(parts, combine):
+    """Spreads the batch over the devices."""
     return jax.shard_map(
         wl.value_and_grad(parts, combine=combine, axis_name="data"),
         mesh=Mesh(jax.devices(), ("data",)),
@@ -98,7 +99,7 @@ def on_four_devices(parts, combine):
 
 
 def averaged(parts, combine):
-    """What is done by hand: the average over 8 microbatches, of losses and gradients."""
+    """Averages the losses and gradients of 8 microbatches, as is done by hand."""
 
     def step(params, batch):
         cut = jax.tree.map(lambda x: x.reshape(8, -1, *x.shape[1:]), batch)

@@ -596,5 +596,7 @@ def test_errors_say_what_is_wrong(loss_fn, combine, options, message, num_microb
 def test_accumulated_calls_say_what_a_combined_loss_wants():
     optimizer = wl.multi_steps(optax.sgd(1.0), every_k=2)
     _, grads = wl.value_and_grad(embed, combine=alike)(SMALL, ROWS)
-    with pytest.raises(AssertionError, match="`combine` has none.* `num_microbatches`"):
+    with pytest.raises(
+        AssertionError, match=r"`combine` has none.* `num_microbatches`"
+    ):
         optimizer.update(grads, optimizer.init(SMALL), SMALL)
