@@ -17,6 +17,8 @@ from jax.sharding import PartitionSpec
 
 import wloss_jax as wl
 
+pytestmark = pytest.mark.core
+
 CALLS = 4
 WEIGHTS = st.one_of(st.just(0.0), st.floats(2.0**-20, 2.0**20, width=32))
 NUMBERS = st.floats(-1e3, 1e3, width=32)
@@ -346,7 +348,7 @@ def test_every_k_that_is_none(every_k):
         ({"weight": jnp.ones(3)}, r"`weight` has shape \(3,\).*one weight"),
         ({"weight": jnp.int32(3)}, "`weight` is int32.*astype"),
         ({"weight": True}, "`weight` is bool"),
-        ({"weight": [3.0]}, "`weight` must be an array of numbers; got list"),
+        ({"weight": [3.0]}, "`weight` must be an array of numbers; got a list"),
     ],
 )
 def test_weight_that_is_none(weight, message):

@@ -8,6 +8,8 @@ import pytest
 import wloss_jax as wl
 from tests import test_losses
 
+pytestmark = pytest.mark.core
+
 ORDER = ["Args", "Returns", "Attributes", "Raises", "Example", "Source"]
 SHARED = {"where", "lengths", "weights", "segment_ids", "num_segments"}
 

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 import wloss_jax as wl
 
+pytestmark = pytest.mark.core
+
 HEADS, B, L = 3, 4, 4
 
 

@@ -7,6 +7,8 @@ import pytest
 import wloss_jax
 from tests.tools import mutants
 
+pytestmark = pytest.mark.core
+
 
 @pytest.mark.parametrize("fault", mutants.FAULTS, ids=lambda fault: fault.name)
 def test_the_text_of_each_fault_occurs_once_and_its_tests_exist(fault):

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 import wloss_jax as wl
 
+pytestmark = pytest.mark.core
+
 ragged = st.lists(st.integers(0, 9), min_size=1, max_size=6)
 
 

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 import wloss_jax as wl
 from tests.oracle import strategies
 
+pytestmark = pytest.mark.core
+
 # Whole numbers, so that sums are exact in float32 in whatever order they are taken.
 whole = st.integers(-1000, 1000).map(float)
 

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 import wloss_jax as wl
 from tests.oracle import strategies
 
+pytestmark = pytest.mark.core
+
 B = 5
 sizes = st.lists(st.integers(0, 9), min_size=B, max_size=B)
 losses = st.lists(st.integers(1, 50).map(lambda n: n / 8), min_size=B, max_size=B)
