@@ -59,7 +59,7 @@ def test_smallest_bucket_that_holds_the_longest_sample_in_any_order():
 
 def test_a_value_past_the_end_of_a_dtype_is_an_error():
     """It would have been infinity."""
-    with pytest.raises(ValueError, match="a number that float16 holds, got 1000000"):
+    with pytest.raises(ValueError, match="a number that float16 holds; got 1000000"):
         wl.pad_ragged([np.ones(1, np.float16)], size=2, value=1e6)
     padded, _ = wl.pad_ragged([np.ones(1, np.float16)], size=2, value=np.inf)
     assert padded[0, 1] == np.inf

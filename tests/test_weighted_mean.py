@@ -46,7 +46,7 @@ def test_a_sum_does_not_depend_on_its_grouping(entries, groups):
     assert_same(grouped, sum(reversed(means)))
     total, weight = map(sum, zip(*entries, strict=True))
     assert (grouped.total, grouped.weight) == (total, weight)
-    mean = total / weight if weight else 0
+    mean = total / weight if weight else np.copysign(np.inf, total) if total else 0
     np.testing.assert_allclose(grouped.compute(), mean, rtol=1e-6)
 
 
@@ -115,14 +115,25 @@ def test_empty_is_the_value_where_nothing_counted(empty):
 
 
 @pytest.mark.parametrize("empty", [0.0, np.nan])
-@pytest.mark.parametrize("total", [0.0, np.nan, np.inf])
-def test_the_gradient_of_an_empty_mean_is_exactly_0(empty, total):
-    m = mean_of([total, 6], [0, 3])
+def test_the_gradient_of_an_empty_mean_is_exactly_0(empty):
+    m = mean_of([0, 6], [0, 3])
     gradient, weight_gradient = jax.grad(
         lambda t, w: wl.WeightedMean(t, w).compute(empty)[0], (0, 1)
     )(m.total, m.weight)
     assert gradient.tolist() == [0, 0]
     assert weight_gradient.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("total", "mean"), [(2, np.inf), (-2, -np.inf), (np.nan, np.nan)]
+)
+def test_a_total_without_a_weight_is_not_empty(total, mean):
+    m = mean_of([total, 6], [0, 3])
+    for shown in (m, m.reweight(wl.size_power(0.0)), m + mean_of([0, 0], [0, 0])):
+        np.testing.assert_array_equal(shown.compute()[0], mean)
+        np.testing.assert_array_equal(shown.compute(empty=7.0)[0], mean)
+    shown = wl.weighted_mean(jnp.array([total, 0.0]), weights=jnp.array([1.0, -1.0]))
+    np.testing.assert_array_equal(shown.compute(), mean)
 
 
 def test_no_gradient_through_the_weight():
@@ -311,11 +322,13 @@ def test_lengths_past_the_end_count_all_and_negative_ones_nothing(shape):
         assert (m.total, m.weight) == (counted.sum(), counted.size)
 
 
-def test_a_weight_of_0_is_no_mask():
-    values = jnp.array([np.nan, 1.0])
+@pytest.mark.parametrize("there", [np.nan, np.inf])
+def test_a_weight_of_exactly_0_is_not_there(there):
+    values = jnp.array([there, 1.0])
     m = wl.weighted_mean(values, weights=jnp.array([0.0, 2.0]))
-    assert jnp.isnan(m.total)
-    assert m.weight == 2
+    assert_same(m, mean_of(2, 2))
+    tiny = wl.weighted_mean(values, weights=jnp.array([1e-30, 2.0]))
+    np.testing.assert_array_equal(tiny.total, there)
     masked = wl.weighted_mean(
         values, weights=jnp.array([np.nan, 2.0]), where=jnp.array([False, True])
     )

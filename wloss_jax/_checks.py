@@ -12,9 +12,10 @@ called here is the function inside of each.
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, cast
 
 import chex
@@ -32,37 +33,45 @@ class ArgumentTypeError(AssertionError, TypeError):
     """An argument of the wrong type or dtype."""
 
 
+# What to say after the name; a function where saying it takes time.
+Rest = str | Callable[[], str]
+
+
 # ------------------------------------------------------------- conditions and shapes
 
 
-def check_value(name: str, condition: bool, rest: str) -> None:
+def check_value(name: str, condition: bool, rest: Rest) -> None:
     """Raises "`name` rest" unless ``condition`` holds."""
     if not condition:
-        raise ArgumentValueError(f"`{name}` {rest}")
+        raise ArgumentValueError(_message(name, rest))
 
 
-def check_type(name: str, condition: bool, rest: str) -> None:
+def check_type(name: str, condition: bool, rest: Rest) -> None:
     """Raises "`name` rest", a TypeError, unless ``condition`` holds."""
     if not condition:
-        raise ArgumentTypeError(f"`{name}` {rest}")
+        raise ArgumentTypeError(_message(name, rest))
 
 
-def check_shape(name: str, array: Any, shape: tuple[Any, ...], rest: str) -> None:
+def check_shape(name: str, array: Any, shape: tuple[Any, ...], rest: Rest) -> None:
     """Raises "`name` rest" unless ``array`` has the ``shape``."""
     if not _passes(chex.assert_shape, array, shape):
-        raise ArgumentValueError(f"`{name}` {rest}")
+        raise ArgumentValueError(_message(name, rest))
 
 
-def check_rank(name: str, array: Any, ranks: Collection[int], rest: str) -> None:
+def check_rank(name: str, array: Any, ranks: Collection[int], rest: Rest) -> None:
     """Raises "`name` rest" unless the rank of ``array`` is one of ``ranks``."""
     if not _passes(chex.assert_rank, array, set(ranks)):
-        raise ArgumentValueError(f"`{name}` {rest}")
+        raise ArgumentValueError(_message(name, rest))
 
 
-def check_dtype(name: str, array: Any, kind: type, rest: str) -> None:
+def check_dtype(name: str, array: Any, kind: type, rest: Rest) -> None:
     """Raises "`name` rest" unless ``array`` is of a ``kind``: bool, int or float."""
     if not _passes(chex.assert_type, array, kind):
-        raise ArgumentTypeError(f"`{name}` {rest}")
+        raise ArgumentTypeError(_message(name, rest))
+
+
+def _message(name: str, rest: Rest) -> str:
+    return f"`{name}` {rest if isinstance(rest, str) else rest()}"
 
 
 def _passes(chex_assertion: Callable[..., None], *args: Any) -> bool:
@@ -186,6 +195,37 @@ def check_count(name: str, value: object, at_least: int = 0) -> None:
         is_count(value, at_least),
         f"must be a Python integer of at least {at_least}, below 2**31; got {value!r}.",
     )
+
+
+def check_keywords(signature: inspect.Signature, keywords: Mapping[str, Any]) -> None:
+    """Checks that there are such keywords; names ours for those of other libraries."""
+    parameters = signature.parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    for name in keywords:
+        if name not in parameters:
+            known = [p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY]
+            mend = _HABITS.get(name, f"the keywords are {', '.join(known)}.")
+            raise ArgumentTypeError(f"`{name}` is no argument here: {mend}")
+
+
+_WHERE = "which elements count is said by `where`, bool, True for those that do."
+_WEIGHTS = "how much an element counts is said by `weights`."
+_REDUCTION = (
+    "a loss returns a `WeightedMean`. Its mean is `.compute()`, its sum `.total`; "
+    "`wloss_jax.per_sample(loss)` gives one for each sample."
+)
+_AXIS = (
+    "a loss reduces all that it is given. `wloss_jax.per_sample(loss)` or `jax.vmap` "
+    "keeps the axes that you want kept."
+)
+_HABITS = {
+    **dict.fromkeys(("reduction", "size_average", "reduce"), _REDUCTION),
+    **dict.fromkeys(("mask", "masks", "valid", "padding_mask"), _WHERE),
+    **dict.fromkeys(("weight", "sample_weight", "sample_weights"), _WEIGHTS),
+    **dict.fromkeys(("axis", "dim", "keepdims", "keepdim"), _AXIS),
+    **dict.fromkeys(("length", "x_lengths", "input_lengths"), "it is `lengths`."),
+}
 
 
 def check_function(name: str, value: object) -> None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 from collections.abc import Callable
-from typing import (
-    Any,
-    TypeVar,
-    cast,
-)
+from typing import Any, TypeVar, cast
 
-import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from wloss_jax._checks import check_keywords, check_type
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _Tree = TypeVar("_Tree")
@@ -20,7 +20,7 @@ AxisName = str | tuple[str, ...]
 
 
 def jit_compiled(*static: str) -> Callable[[_Function], _Function]:
-    """`jax.jit` with ``static`` arguments, which melts into a caller's jit.
+    """`jax.jit` with ``static`` arguments, inlined into a caller's jit.
 
     The type of the function is kept, so that signatures reach editors and checkers.
     """
@@ -32,13 +32,48 @@ def jit_compiled(*static: str) -> Callable[[_Function], _Function]:
     return decorate
 
 
+def compiled_by_option(function: _Function) -> _Function:
+    """`jax.jit` of a loss whose options are compiled in, unless they are traced.
+
+    An option that comes as a number, a switch, a tuple or None is static; one that
+    comes as an array, a traced scalar say, is an argument like the data. What is data
+    by its name is never static, be it a number.
+    """
+    signature = inspect.signature(function)
+    keyword_only = inspect.Parameter.KEYWORD_ONLY
+    options = [
+        p.name
+        for p in signature.parameters.values()
+        if p.kind is keyword_only and p.name not in _DATA
+    ]
+
+    @functools.cache
+    def jitted(static: tuple[str, ...]) -> Callable[..., Any]:
+        return jax.jit(function, static_argnames=static, inline=True)
+
+    @functools.wraps(function)
+    def compiled(*args: Any, **kwargs: Any) -> Any:
+        check_keywords(signature, kwargs)
+        static = tuple(
+            name
+            for name in options
+            if name in kwargs and isinstance(kwargs[name], _STATIC)
+        )
+        return jitted(static)(*args, **kwargs)
+
+    return cast(_Function, compiled)
+
+
+_DATA = ("where", "lengths", "weights", "segment_ids", "class_weights", "class_mask")
+_STATIC = (bool, int, float, str, tuple, np.generic)
+
+
 def axis_names(axis_name: AxisName) -> tuple[str, ...]:
     """The names in ``axis_name``, which may be one or a tuple of them."""
-    chex.assert_equal(
+    check_type(
+        "axis_name",
         isinstance(axis_name, str | tuple | list),
-        True,
-        custom_message=f"`axis_name` must be a name or a tuple of them; got "
-        f"{axis_name!r}.",
+        f"must be a name or a tuple of them; got {axis_name!r}.",
     )
     return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
 

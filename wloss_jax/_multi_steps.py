@@ -11,7 +11,6 @@ from typing import (
     NamedTuple,
 )
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -20,6 +19,9 @@ from jax.typing import ArrayLike
 from wloss_jax._checks import (
     check_array,
     check_scalar,
+    check_shape,
+    check_type,
+    check_value,
     is_count,
 )
 
@@ -117,16 +119,16 @@ def multi_steps(
       >>> print(updates)
       -3.0
     """
-    chex.assert_equal(
+    check_type(
+        "every_k",
         callable(every_k) or is_count(every_k, at_least=1),
-        True,
-        custom_message=f"`every_k` is {every_k!r}: pass a positive integer, or a "
+        f"is {every_k!r}: pass a positive integer, or a "
         "function from the number of optimizer steps taken to one.",
     )
-    chex.assert_equal(
+    check_type(
+        "optimizer",
         hasattr(optimizer, "init") and hasattr(optimizer, "update"),
-        True,
-        custom_message=f"`optimizer` must be an optax transform; got {optimizer!r}.",
+        f"must be an optax transform; got {optimizer!r}.",
     )
     inner = optax.with_extra_args_support(optimizer)
 
@@ -224,10 +226,10 @@ def _zeros_to_sum(param: ArrayLike) -> jax.Array:
 
 
 def _check_state(state: object) -> None:
-    chex.assert_equal(
+    check_type(
+        "state",
         isinstance(state, MultiStepsState),
-        True,
-        custom_message="`state` must be what `init` or the last `update` of this very "
+        "must be what `init` or the last `update` of this very "
         f"transform returned; got {type(state).__name__}.",
     )
 
@@ -235,10 +237,10 @@ def _check_state(state: object) -> None:
 def _check_gradients(grads: Any, sums: Any) -> None:
     """Takes ``grads`` of the structure and the shapes that the parameters had."""
     expected, got = _shapes(sums), _shapes(grads)
-    chex.assert_equal(
+    check_value(
+        "grads",
         got == expected,
-        True,
-        custom_message="`grads` must have the structure and the shapes of the "
+        "must have the structure and the shapes of the "
         f"parameters given to `init`, {expected}; got {got}.",
     )
 
@@ -249,10 +251,10 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _check_weight(weight: ArrayLike | None) -> jax.Array:
-    chex.assert_equal(
-        weight is None,
-        False,
-        custom_message="`weight` is missing: pass the weight that the mean loss of "
+    check_value(
+        "weight",
+        weight is not None,
+        "is missing: pass the weight that the mean loss of "
         "this call was divided by, `optimizer.update(grads, state, params, "
         "weight=m.weight)`. A loss made by `combine` has none, and is no average of "
         "those of calls: cut its batch by `num_microbatches` of "
@@ -261,10 +263,11 @@ def _check_weight(weight: ArrayLike | None) -> jax.Array:
     # A count as a Python integer is exact; as an array it may have wrapped.
     weight = float(weight) if type(weight) is int else weight
     scalar = check_array("weight", weight, float)
-    chex.assert_shape(
+    check_shape(
+        "weight",
         scalar,
         (),
-        custom_message=f"`weight` has shape {scalar.shape}: a call has one weight, "
+        f"has shape {scalar.shape}: a call has one weight, "
         "that of its whole mean, `m.merge().weight`.",
     )
     return scalar

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import chex
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from wloss_jax._checks import check_array
+from wloss_jax._checks import check_array, check_rank, check_value
 from wloss_jax._devices import jit_compiled
 from wloss_jax.masks import expand_leading
 
@@ -56,21 +55,19 @@ def select_head(
         ]
     else:
         stacked = check_array("predictions", predictions, float)
-        chex.assert_rank(
+        check_rank(
+            "predictions",
             stacked,
             set(range(1, 33)),
-            custom_message="`predictions` must be a sequence of arrays, or one array "
-            "whose axis 0 is the head.",
+            "must be a sequence of arrays, or one array whose axis 0 is the head.",
         )
         heads = [stacked[i] for i in range(stacked.shape[0])]
-    chex.assert_equal(
-        bool(heads), True, custom_message="`predictions` holds no heads to select from."
-    )
+    check_value("predictions", bool(heads), "holds no heads to select from.")
     for i, prediction in enumerate(heads):
-        chex.assert_equal(
-            (prediction.shape, prediction.dtype),
-            (heads[0].shape, heads[0].dtype),
-            custom_message=f"`predictions[{i}]` differs from `predictions[0]` in shape "
+        check_value(
+            f"predictions[{i}]",
+            (prediction.shape, prediction.dtype) == (heads[0].shape, heads[0].dtype),
+            "differs from `predictions[0]` in shape "
             "or dtype: all heads must have the same.",
         )
     head = expand_leading("head", check_array("head", head, int), heads[0].shape)

@@ -2,8 +2,8 @@
 
 Nouns make masks (`length_mask`, `observed_mask`); every loss takes one as ``where``.
 What the losses and `weighted_mean` share stands here too: the one mask that ``where``,
-``lengths`` and ``segment_ids`` add up to, and `make_safe`, which takes the content of
-masked positions out of reach.
+``lengths`` and ``segment_ids`` add up to, and `freeze`, `make_safe` and
+`fill_masked`, which take the content of masked positions out of reach.
 
 **The alignment rule.** ``where``, ``weights`` and ``segment_ids`` line up with the
 *leading* axes of the elementwise loss: ``[B]`` weights on a ``[B, L]`` loss weigh
@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +26,9 @@ from wloss_jax._checks import (
     check_array,
     check_count,
     check_number,
+    check_rank,
+    check_shape,
+    check_value,
     describe,
     widen,
 )
@@ -106,17 +109,17 @@ def observed_mask(targets: ArrayLike, missing: float = math.nan) -> jax.Array:
     if jnp.issubdtype(targets.dtype, jnp.floating):
         if math.isnan(missing):
             return ~jnp.isnan(targets)
-        chex.assert_equal(
+        check_value(
+            "missing",
             math.isinf(missing) or abs(missing) <= float(jnp.finfo(targets.dtype).max),
-            True,
-            custom_message=f"`missing` is {missing}, which {describe(targets)} "
+            f"is {missing}, which {describe(targets)} "
             "`targets` cannot hold: it would stand for infinity.",
         )
         return targets != jnp.asarray(missing, targets.dtype)
-    chex.assert_equal(
+    check_value(
+        "missing",
         float(missing).is_integer(),
-        True,
-        custom_message=f"`missing` is {missing}, which {describe(targets)} `targets` "
+        f"is {missing}, which {describe(targets)} `targets` "
         "cannot hold: pass the integer sentinel, such as `missing=-1`.",
     )
     return ~is_label(widen(targets), int(missing))  # bool widens to an integer
@@ -148,18 +151,19 @@ def valid_mask(
     if lengths is not None:
         lengths = check_array("lengths", lengths, int)
         mend = (
-            f"`lengths` has shape {lengths.shape} and the loss {shape}: lengths must "
-            "have the shape of the axes before the one that it bounds, (B,) for a loss "
-            "of shape (B, L), () for one sample of shape (L,)."
+            f"has shape {lengths.shape} and the loss {shape}: lengths must have the "
+            "shape of the axes before the one that it bounds, (B,) for a loss of shape "
+            "(B, L), () for one sample of shape (L,)."
         )
-        chex.assert_rank(lengths, set(range(len(shape))), custom_message=mend)
-        chex.assert_shape(lengths, shape[: lengths.ndim], custom_message=mend)
+        check_rank("lengths", lengths, range(len(shape)), mend)
+        check_shape("lengths", lengths, shape[: lengths.ndim], mend)
         mask = length_mask(lengths, shape[lengths.ndim])
         masks.append(expand_leading("lengths", mask, shape))
-    chex.assert_equal(
-        (segment_ids is None, num_segments is None),
-        (num_segments is None, segment_ids is None),
-        custom_message="`segment_ids` and a static `num_segments` come together: the "
+    check_value(
+        "segment_ids",
+        (segment_ids is None, num_segments is None)
+        == (num_segments is None, segment_ids is None),
+        "and a static `num_segments` come together: the "
         "number of segments is the size of the result. Got num_segments="
         f"{num_segments} and {'no' if segment_ids is None else 'some'} segment_ids.",
     )
@@ -185,30 +189,106 @@ def freeze(array: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.where(mask, array, jax.lax.stop_gradient(array))
 
 
-def make_safe(array: jax.Array, mask: jax.Array, nth: int = 0) -> jax.Array:
-    """Puts a harmless value at the masked positions of the ``nth`` array of a loss.
+def make_safe(array: jax.Array, mask: jax.Array, harmless: ArrayLike = 0) -> jax.Array:
+    """Puts a ``harmless`` value at the masked positions of ``array``.
 
-    ``array`` may have event axes after those of ``mask``. The harmless value is 1/2,
-    1/3, ... for floating arrays, inside the domain of ``log``, ``log1p(-x)``, ``sqrt``,
-    ``1/x`` and ``arcsin``, so that a loss and its derivatives stay finite there; each
-    array has its own, so that no distance between two is 0. It is 0 for integers.
+    ``array`` may have event axes after those of ``mask``, and so may what is harmless.
     """
     mask = mask.reshape(mask.shape + (1,) * (array.ndim - mask.ndim))
-    harmless = 1 / (2 + nth) if jnp.issubdtype(array.dtype, jnp.floating) else 0
     return jnp.where(mask, array, jnp.asarray(harmless, array.dtype))
+
+
+def fill_masked(arrays: list[jax.Array], mask: jax.Array) -> list[jax.Array]:
+    """Puts the first element that counts in the place of those that do not.
+
+    So whatever a loss is a function of, it stays in its domain. Where nothing counts,
+    floating arrays hold 1/2, 1/3, ...: inside the domain of ``log``, ``log1p(-x)``,
+    ``sqrt``, ``1/x`` and ``arcsin``, and no two alike, so that no distance is 0.
+    Integers hold 0.
+    """
+    arrays = [jnp.asarray(array) for array in arrays]
+    elements = [jax.lax.stop_gradient(_flatten(x, mask.ndim)) for x in arrays]
+    found = mask.any()
+    # Past the end where there is no element at all: what is taken is dropped then.
+    first = jnp.argmax(mask.ravel()) if mask.size else 0
+    constants = [
+        1 / (2 + i) if jnp.issubdtype(x.dtype, jnp.floating) else 0
+        for i, x in enumerate(arrays)
+    ]
+    taken = [x.at[first].get(mode="clip") if mask.size else x.sum(0) for x in elements]
+    found, taken = _borrow(found, taken)
+    return [
+        make_safe(x, mask, jnp.where(found, own, jnp.asarray(constant, x.dtype)))
+        for x, own, constant in zip(arrays, taken, constants, strict=True)
+    ]
+
+
+def _flatten(array: jax.Array, ndim: int) -> jax.Array:
+    return array.reshape(-1, *array.shape[ndim:])
+
+
+@jax.custom_batching.custom_vmap
+def _borrow(
+    found: jax.Array, taken: list[jax.Array]
+) -> tuple[jax.Array, list[jax.Array]]:
+    """Under `jax.vmap`, gives a sample in which nothing counts another's element."""
+    return found, taken
+
+
+@_borrow.def_vmap
+def _borrow_over_batch(
+    axis_size: int, in_batched: Any, found: jax.Array, taken: list[jax.Array]
+) -> Any:
+    found, taken = (
+        jax.tree.map(
+            lambda x, batched: (
+                x if batched else jnp.broadcast_to(x, (axis_size, *x.shape))
+            ),
+            tree,
+            is_batched,
+        )
+        for tree, is_batched in zip((found, taken), in_batched, strict=True)
+    )
+    lender = jnp.argmax(found)
+    lent_found, lent = _borrow(found.any(), [x[lender] for x in taken])
+    taken = [make_safe(x, found, other) for x, other in zip(taken, lent, strict=True)]
+    found = found | lent_found
+    return (found, taken), (True, [True] * len(taken))
 
 
 def expand_leading(name: str, array: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Broadcasts ``array``, lined up with the leading axes of ``shape``, to it."""
-    mend = (
-        f"`{name}` has shape {array.shape} and the loss {shape}: {name} lines up with "
-        f"the leading axes of the loss, so {shape[: array.ndim]} is expected. Drop "
-        "axes of size 1, or transpose so that the loss's first axes come first."
-    )
-    chex.assert_rank(array, set(range(len(shape) + 1)), custom_message=mend)
-    chex.assert_shape(array, shape[: array.ndim], custom_message=mend)
+
+    def mend() -> str:
+        return (
+            f"has shape {array.shape} and the loss {shape}: {name} lines up with the "
+            f"leading axes of the loss, so {shape[: array.ndim]} is expected. "
+            f"{_mend_alignment(name, array.shape, shape)}"
+        )
+
+    check_rank(name, array, range(len(shape) + 1), mend)
+    check_shape(name, array, shape[: array.ndim], mend)
     expanded = array.reshape(array.shape + (1,) * (len(shape) - array.ndim))
     return jnp.broadcast_to(expanded, shape)
+
+
+def _mend_alignment(name: str, came: tuple[int, ...], shape: tuple[int, ...]) -> str:
+    """Says how to line up what does not, so that it means the same as before."""
+    leading = came[: len(shape)]
+    if came[len(shape) :].count(1) == len(came) - len(shape) and leading == shape:
+        return f"Reshape it: `{name}.reshape({shape})`."
+    try:
+        fits = np.broadcast_shapes(came, shape) == shape
+    except ValueError:
+        fits = False
+    if fits:
+        return (
+            "If it was meant for the axes that NumPy lines it up with, write "
+            f"`jnp.broadcast_to({name}, {shape})`."
+        )
+    if sorted(came) == sorted(shape[: len(came)]):
+        return "Transpose it, so that the loss's first axes come first."
+    return "Index, reshape or transpose it, so that it has them."
 
 
 def is_label(labels: jax.Array, label: int) -> jax.Array:

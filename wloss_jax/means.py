@@ -9,33 +9,29 @@ split invariance: sums do not depend on how their terms are grouped, means do.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
 from collections.abc import Callable
-from typing import (
-    Any,
-    Self,
-)
+from typing import Any, Self, cast
 
-import chex
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from wloss_jax._checks import (
+    ArgumentTypeError,
+    ArgumentValueError,
     check_array,
     check_axis,
     check_function,
+    check_value,
+    is_integer,
 )
+from wloss_jax._counting import what_counts
 from wloss_jax._devices import (
     AxisName,
     check_mapped,
+    compiled_by_option,
     jit_compiled,
     psum,
-)
-from wloss_jax.masks import (
-    expand_leading,
-    valid_mask,
 )
 
 
@@ -70,16 +66,16 @@ class WeightedMean:
     total: jax.Array
     weight: jax.Array
 
+    # NumPy and JAX leave what they do not know to the operators below.
+    __array_ufunc__ = None
+
     def __init__(self, total: ArrayLike, weight: ArrayLike):
-        total, weight = (
-            check_array(name, float(value) if type(value) is int else value, float)
-            for name, value in (("total", total), ("weight", weight))
-        )
-        chex.assert_equal(
-            total.shape,
-            weight.shape,
-            custom_message=f"`total` has shape {total.shape} and `weight` "
-            f"{weight.shape}: they must be the same, one weight for each total.",
+        total, weight = _as_sum("total", total), _as_sum("weight", weight)
+        check_value(
+            "total",
+            total.shape == weight.shape,
+            f"has shape {total.shape} and `weight` {weight.shape}: they must be the "
+            "same, one weight for each total.",
         )
         dtype = jnp.result_type(total, weight, jnp.float32)
         object.__setattr__(self, "total", jnp.asarray(total, dtype))
@@ -92,18 +88,20 @@ class WeightedMean:
 
     def __add__(self, other: WeightedMean) -> WeightedMean:
         if not isinstance(other, WeightedMean):
-            return NotImplemented
-        chex.assert_equal(
-            self.total.shape,
-            other.total.shape,
-            custom_message="added `WeightedMean`s must have one shape: `merge` the "
-            "batch axes first.",
+            return cast(WeightedMean, _refuse(self, other))
+        check_value(
+            "total",
+            self.total.shape == other.total.shape,
+            f"has shape {self.total.shape} here and {other.total.shape} there: added "
+            "`WeightedMean`s must have one shape. `merge` the batch axes first.",
         )
-        return WeightedMean(self.total + other.total, self.weight + other.weight)
+        return _add(self, other)
 
     def __radd__(self, other: int) -> WeightedMean:
         # `sum` starts from the integer 0.
-        return self if type(other) is int and other == 0 else NotImplemented
+        if type(other) is int and other == 0:
+            return self
+        return cast(WeightedMean, _refuse(self, other))
 
     def merge(self, axis: int | tuple[int, ...] | None = None) -> WeightedMean:
         """Adds up batch axes, all of them by default: a [B] of means becomes one.
@@ -121,7 +119,7 @@ class WeightedMean:
           WeightedMean(mean=1.5, weight=10.0)
         """
         check_axis("axis", axis)
-        return WeightedMean(self.total.sum(axis), self.weight.sum(axis))
+        return _merge(self, axis=axis)
 
     def psum(self, axis_name: AxisName) -> WeightedMean:
         """Adds up over the devices of a mapped axis.
@@ -136,11 +134,12 @@ class WeightedMean:
         return psum(self, axis_name)
 
     def compute(self, empty: ArrayLike = 0.0) -> jax.Array:
-        """Divides: ``total / weight``, and ``empty`` where the weight is 0.
+        """Divides: ``total / weight``, and ``empty`` where nothing counted.
 
-        The gradient is exactly 0 where the weight is 0, and none flows through the
-        weight. No epsilon, and no floor under the weight: a mean of small weights is
-        as good as one of large ones.
+        Nothing counted where both sums are 0; the gradient is exactly 0 there, and
+        none ever flows through the weight. A total without a weight, of weights that
+        cancel, is not empty: it shows, as infinity. No epsilon, and no floor under the
+        weight: a mean of small weights is as good as one of large ones.
 
         Args:
           empty: the value where nothing counted, a number or of the shape of ``total``.
@@ -159,16 +158,13 @@ class WeightedMean:
           0.0 nan
         """
         empty = check_array("empty", empty)
-        chex.assert_equal(
+        check_value(
+            "empty",
             empty.shape in ((), self.total.shape),
-            True,
-            custom_message=f"`empty` has shape {empty.shape}, and the mean "
-            f"{self.total.shape}: pass a number, or one for each mean.",
+            f"has shape {empty.shape}, and the mean {self.total.shape}: pass a number, "
+            "or one for each mean.",
         )
-        weight = jax.lax.stop_gradient(self.weight)
-        is_empty = weight == 0
-        mean = self.total / jnp.where(is_empty, jnp.ones_like(weight), weight)
-        return jnp.where(is_empty, jnp.asarray(empty, mean.dtype), mean)
+        return _divide(self, empty)
 
     def reweight(self, fn: Callable[[jax.Array, jax.Array], jax.Array]) -> WeightedMean:
         """Gives each entry the weight ``fn(size, loss)`` and keeps its mean.
@@ -197,21 +193,35 @@ class WeightedMean:
         """
         check_function("fn", fn)
         size = jax.lax.stop_gradient(self.weight)
-        is_empty = size == 0
-        # An empty entry goes through `fn` as one of size 1, so that no scheme has to
-        # mind powers of 0.
-        safe_size = jnp.where(is_empty, jnp.ones_like(size), size)
+        # An entry without a weight goes through `fn` as one of size 1, so that no
+        # scheme has to mind powers of 0.
+        no_weight = size == 0
+        safe_size = jnp.where(no_weight, jnp.ones_like(size), size)
         loss = jax.lax.stop_gradient(self.compute())
         weight = check_array("fn(size, loss)", fn(safe_size, loss), float)
-        chex.assert_equal(
-            weight.shape,
-            size.shape,
-            custom_message=f"`fn` must return one weight for each entry: "
-            f"{size.shape}, not {weight.shape}.",
+        check_value(
+            "fn",
+            weight.shape == size.shape,
+            f"must return one weight for each entry: {size.shape}, not {weight.shape}.",
         )
-        weight = jnp.where(is_empty, 0, jax.lax.stop_gradient(weight))
+        weight = jnp.where(no_weight, 0, jax.lax.stop_gradient(weight))
         # In this order: of one weight over another there may be no float32.
-        return WeightedMean(self.total / safe_size * weight, weight)
+        total = self.total / safe_size * weight
+        # A total without a weight is not empty: it stays, and shows.
+        unweighted = jnp.where(self.total == 0, 0, self.total)
+        return WeightedMean(jnp.where(no_weight, unweighted, total), weight)
+
+    def __float__(self) -> float:
+        check_value(
+            "float(m)",
+            self.total.shape == (),
+            f"is of one mean, and `m` holds {self.total.shape}: `m.merge()` first, or "
+            "`m.compute()` for all of them.",
+        )
+        return float(self.compute())
+
+    def __format__(self, spec: str) -> str:
+        return format(float(self), spec) if spec else str(self)
 
     def __repr__(self) -> str:
         try:
@@ -233,7 +243,63 @@ class WeightedMean:
         return self
 
 
-@jit_compiled("num_segments")
+def _as_sum(name: str, value: ArrayLike) -> jax.Array:
+    """Checks a sum of numbers; a count may come as an integer."""
+    # A count as a Python integer is exact; as an int32 array it may have wrapped.
+    exact = float(cast(int, value)) if is_integer(value) else value
+    array = check_array(name, exact)
+    floating = jnp.issubdtype(array.dtype, jnp.floating)
+    return array if floating else array.astype(jnp.float32)
+
+
+@jit_compiled()
+def _add(a: WeightedMean, b: WeightedMean) -> WeightedMean:
+    return WeightedMean(a.total + b.total, a.weight + b.weight)
+
+
+@jit_compiled("axis")
+def _merge(m: WeightedMean, *, axis: int | tuple[int, ...] | None) -> WeightedMean:
+    return WeightedMean(m.total.sum(axis), m.weight.sum(axis))
+
+
+@jit_compiled()
+def _divide(m: WeightedMean, empty: jax.Array) -> jax.Array:
+    weight = jax.lax.stop_gradient(m.weight)
+    is_empty = (weight == 0) & (m.total == 0)
+    mean = m.total / jnp.where(is_empty, jnp.ones_like(weight), weight)
+    return jnp.where(is_empty, jnp.asarray(empty, mean.dtype), mean)
+
+
+def _refuse(m: object, *_: object) -> Any:
+    """Says what to do instead, for the arithmetic that a mean not divided lacks."""
+    raise ArgumentTypeError(
+        "`WeightedMean` is a total and a weight, not divided yet, and takes no "
+        "arithmetic but `+` with another: `.compute()` gives its mean, an array. To "
+        "weigh the terms of a loss, pass `coefficients` to `wloss_jax.value_and_grad`; "
+        "for any other formula of means, `combine`."
+    )
+
+
+def _refuse_array(m: object) -> Any:
+    """Says what to do where JAX or NumPy looks for an array."""
+    # No TypeError, which `jax.grad` would put a message of its own in place of.
+    raise ArgumentValueError(
+        "`WeightedMean` is no array: `.compute()` gives its mean, an array. For the "
+        "gradient of a loss that returns one, use `wloss_jax.value_and_grad`."
+    )
+
+
+for _operator in ("sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow"):
+    for _name in (f"__{_operator}__", f"__r{_operator}__"):
+        setattr(WeightedMean, _name, _refuse)
+for _operator in ("neg", "pos", "abs", "lt", "le", "gt", "ge"):
+    setattr(WeightedMean, f"__{_operator}__", _refuse)
+for _operator in ("jax_array", "array"):
+    # Not methods: JAX looks whether there is one, and complains of it in its own words.
+    setattr(WeightedMean, f"__{_operator}__", property(_refuse_array))
+
+
+@compiled_by_option
 def weighted_mean(
     values: ArrayLike,
     *,
@@ -247,18 +313,19 @@ def weighted_mean(
 
     ``total = sum_i w_i v_i``, ``weight = sum_i w_i``, over the elements that count
 
-    A masked element is gone, whatever it holds; NaN at an element that counts stays
-    visible, and a weight of 0 is no mask: 0 times NaN is NaN. The inputs of a loss must
-    be safe *before* the loss sees them, or NaN comes back in its gradient: for that,
-    use `wloss_jax.masked` or one of the losses rather than masking values here.
+    A masked element is gone, whatever it holds, and so is one whose weight is exactly
+    0; NaN at an element that counts stays visible. The inputs of a loss must be safe
+    *before* the loss sees them, or NaN comes back in its gradient: for that, use
+    `wloss_jax.masked` or one of the losses rather than masking values here.
 
     Args:
-      values: floating ``[...]``, elementwise losses, ``[B, L]`` say. bfloat16 and
-        float16 are summed in float32.
+      values: ``[...]``, elementwise losses, ``[B, L]`` say. bfloat16 and float16 are
+        summed in float32, and so are integers and bools (whether a prediction was
+        correct: the mean is the accuracy).
       where: bool, lined up with the leading axes of ``values``; True counts.
       lengths: integer, of the shape of the axes before the one that it bounds: ``[B]``
         for ``[B, L]``, ``[]`` for ``[L]``. Positions from a length on do not count.
-      weights: floating, lined up with the leading axes of ``values``, not negative; how
+      weights: numbers, lined up with the leading axes of ``values``, not negative; how
         much an element counts. 1 by default. No gradient flows through it.
       segment_ids: integer, lined up with the leading axes of ``values``: which of the
         packed samples an element belongs to. Ids outside ``[0, num_segments)`` are
@@ -282,81 +349,15 @@ def weighted_mean(
       >>> wl.weighted_mean(values, segment_ids=ids, num_segments=2)
       WeightedMean(mean=[1.5 6. ], weight=[2. 1.])
     """
-    values = check_array("values", values, float)
-    dtype = jnp.result_type(values, jnp.float32)
-    if weights is not None:
-        weights = jax.lax.stop_gradient(check_array("weights", weights, float))
-        dtype = jnp.result_type(dtype, weights)
-        weights = expand_leading("weights", weights.astype(dtype), values.shape)
-    mask = valid_mask(
+    values = check_array("values", values)
+    if not jnp.issubdtype(values.dtype, jnp.floating):
+        values = values.astype(jnp.float32)
+    counts = what_counts(
         values.shape,
         where=where,
         lengths=lengths,
+        weights=weights,
         segment_ids=segment_ids,
         num_segments=num_segments,
     )
-    add_up = functools.partial(
-        _add_up, segment_ids=segment_ids, num_segments=num_segments
-    )
-    values = values.astype(dtype)
-    if mask is not None:
-        values = jnp.where(mask, values, 0)
-    if weights is None:
-        if mask is None:
-            count = jnp.asarray(values.size, dtype)
-        elif segment_ids is not None:
-            count = add_up(mask.astype(jnp.int32))
-        elif where is None and lengths is not None:
-            count = _count_lengths(lengths, values.shape)
-        else:
-            count = _count(mask)
-        return WeightedMean(add_up(values), count.astype(dtype))
-    if mask is not None:
-        weights = jnp.where(mask, weights, 0)
-    return WeightedMean(add_up(values * weights), add_up(weights))
-
-
-def _add_up(
-    x: jax.Array, segment_ids: ArrayLike | None, num_segments: int | None
-) -> jax.Array:
-    if segment_ids is None or num_segments is None:
-        return x.sum()
-    ids = jnp.asarray(segment_ids)
-    x = x.sum(axis=tuple(range(ids.ndim, x.ndim)))
-    # XLA (jax 0.10, 0.12) pads rows that it shares out among more devices with what it
-    # finds, and may add that to the first sum: so one more is made, and dropped.
-    sums = jax.ops.segment_sum(x.ravel(), ids.ravel() + 1, num_segments + 1)
-    return sums[1:]
-
-
-def _count_lengths(lengths: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
-    """Counts what `wloss_jax.length_mask` marks, without looking at a mask."""
-    lengths = check_array("lengths", lengths, int)
-    size, *rest = shape[lengths.ndim :]
-    counts = jnp.clip(lengths, 0, size).astype(jnp.int32)
-    return counts.sum() * math.prod(rest)
-
-
-def _count(mask: jax.Array) -> jax.Array:
-    """Counts exactly, in the form that each backend is fast at.
-
-    A plain sum of integers, which is exact too, costs on CPU a third of the two-head
-    loss with its gradient (XLA writes out an integer for each element, unless few are
-    added up at a time), and on TPU it takes 51 bytes an element where a sum of
-    floating numbers takes 30.
-    """
-    *rows, size = mask.shape or (1,)
-    few = math.gcd(size, 16)
-
-    def few_at_a_time(mask: jax.Array) -> jax.Array:
-        groups = mask.reshape(*rows, few, size // few)
-        return groups.sum(-2, dtype=jnp.uint8).astype(jnp.int32).sum()
-
-    def row_by_row(mask: jax.Array) -> jax.Array:
-        exact = jnp.float32 if size <= 2**24 else jnp.int32
-        return mask.reshape(*rows, size).sum(-1, dtype=exact).astype(jnp.int32).sum()
-
-    count: jax.Array = jax.lax.platform_dependent(
-        mask, cpu=few_at_a_time, default=row_by_row
-    )
-    return count
+    return WeightedMean(*counts.add_up(values))

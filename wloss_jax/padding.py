@@ -15,6 +15,13 @@ from typing import Any, SupportsIndex
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from wloss_jax._checks import (
+    ArgumentTypeError,
+    ArgumentValueError,
+    check_type,
+    check_value,
+)
+
 _NOT_NUMBERS = "OSUMm"  # kinds of dtype: objects, strings, dates
 
 
@@ -62,8 +69,11 @@ def pad_ragged(
     # An empty sample has no elements, so its dtype and trailing shape say nothing.
     first = next(filter(len, arrays), arrays[0])
     dtype, rest = first.dtype, first.shape[1:]
-    if first.dtype.kind in _NOT_NUMBERS:
-        raise TypeError(f"samples must hold numbers, got {first.dtype}")
+    check_type(
+        "samples",
+        dtype.kind not in _NOT_NUMBERS,
+        f"must hold numbers; got {dtype}.",
+    )
 
     shape = (len(arrays), _padded_size(lengths, size, buckets), *rest)
     # Not np.full: pages that stay at zero are never touched.
@@ -76,10 +86,10 @@ def pad_ragged(
     for i, (row, array, length) in enumerate(rows):
         if length:
             if array.dtype != dtype or array.shape[1:] != rest:
-                raise ValueError(
-                    "samples must share one dtype and one shape after the first axis, "
-                    f"got {dtype}, {rest}, and in samples[{i}] {array.dtype}, "
-                    f"{array.shape[1:]}"
+                raise ArgumentValueError(
+                    "`samples` must share one dtype and one shape after the first "
+                    f"axis; got {dtype}, {rest}, and in `samples[{i}]` {array.dtype}, "
+                    f"{array.shape[1:]}."
                 )
             row[:length] = array
     return padded, lengths
@@ -131,12 +141,14 @@ def bucket_sizes(
     count = _as_size("num_buckets", num_buckets, minimum=1)
     multiple = _as_size("multiple_of", multiple_of, minimum=1)
     array = np.asarray(lengths)
-    if array.size == 0:
-        raise ValueError("lengths is empty: there is nothing to make buckets for")
-    if array.dtype.kind not in "iu":
-        raise TypeError(f"lengths must be integers, got {array.dtype}")
-    if array.min() < 0:
-        raise ValueError(f"lengths must not be negative, got {array.min()}")
+    check_value(
+        "lengths", array.size > 0, "is empty: there is nothing to make buckets for."
+    )
+    check_type(
+        "lengths", array.dtype.kind in "iu", f"must be integers; got {array.dtype}."
+    )
+    smallest = array.min()
+    check_value("lengths", smallest >= 0, f"must not be negative; got {smallest}.")
     multiples = np.maximum(-(-array.astype(np.int64) // multiple), 1)
     sizes, counts = np.unique(multiples * multiple, return_counts=True)
     return _cheapest_sizes(sizes.tolist(), counts.tolist(), min(count, len(sizes)))
@@ -190,15 +202,19 @@ def _as_arrays(
     samples: Iterable[ArrayLike],
 ) -> tuple[list[NDArray[Any]], NDArray[np.int32]]:
     """Converts the samples, of which there is at least one, to arrays with a length."""
-    if not isinstance(samples, Iterable):
-        raise TypeError(f"samples must be a sequence of arrays, got {samples!r}")
+    check_type(
+        "samples",
+        isinstance(samples, Iterable),
+        f"must be a sequence of arrays; got {samples!r}.",
+    )
     try:
         arrays = list(map(np.asarray, samples))
         lengths = np.fromiter(map(len, arrays), np.int32, len(arrays))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"samples must each be an array [L, ...]: {error}") from error
-    if not arrays:
-        raise ValueError("samples is empty: there is nothing to pad")
+        raise ArgumentValueError(
+            f"`samples` must each be an array [L, ...]: {error}."
+        ) from error
+    check_value("samples", bool(arrays), "is empty: there is nothing to pad.")
     return arrays, lengths
 
 
@@ -209,8 +225,11 @@ def _padded_size(
 ) -> int:
     """Chooses the length that all samples are padded to."""
     longest = int(lengths.max())
-    if size is not None and buckets is not None:
-        raise ValueError("size and buckets exclude each other: pass one of them")
+    check_value(
+        "size",
+        size is None or buckets is None,
+        "and `buckets` exclude each other: pass one of them.",
+    )
     if size is None and buckets is None:
         return longest
     if size is not None:
@@ -218,21 +237,26 @@ def _padded_size(
     elif isinstance(buckets, Iterable):
         name, allowed = "buckets", [_as_size("buckets", b, minimum=0) for b in buckets]
     else:
-        raise TypeError(f"buckets must be a sequence of sizes, got {buckets!r}")
-    fitting = [one for one in allowed if one >= longest]
-    if not fitting:
-        raise ValueError(
-            f"{name} must hold the longest sample, samples[{lengths.argmax()}] of "
-            f"length {longest}, got {allowed}: enlarge it, or cut the sample first"
+        raise ArgumentTypeError(
+            f"`buckets` must be a sequence of sizes; got {buckets!r}."
         )
+    fitting = [one for one in allowed if one >= longest]
+    check_value(
+        name,
+        bool(fitting),
+        f"must hold the longest sample, `samples[{lengths.argmax()}]` of length "
+        f"{longest}; got {allowed}. Enlarge it, or cut the sample first.",
+    )
     return min(fitting)
 
 
 def _as_fill(value: complex, dtype: np.dtype[Any]) -> NDArray[Any]:
     """Converts `value` to `dtype`, which must hold it: no 0.5 or NaN among integers."""
-    if np.asarray(value).dtype.kind in _NOT_NUMBERS or np.ndim(value):
-        raise TypeError(f"value must be one number, got {value!r}")
-    error = ValueError(f"value must be a number that {dtype} holds, got {value!r}")
+    is_number = np.asarray(value).dtype.kind not in _NOT_NUMBERS and not np.ndim(value)
+    check_type("value", is_number, f"must be one number; got {value!r}.")
+    error = ArgumentValueError(
+        f"`value` must be a number that {dtype} holds; got {value!r}."
+    )
     try:
         with np.errstate(over="ignore"):
             fill = np.array(value, dtype)
@@ -251,7 +275,6 @@ def _as_size(name: str, value: SupportsIndex, *, minimum: int) -> int:
     except TypeError:
         size = None
     if size is None or isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if size < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {size}")
+        raise ArgumentTypeError(f"`{name}` must be an integer; got {value!r}.")
+    check_value(name, size >= minimum, f"must be at least {minimum}; got {size}.")
     return size

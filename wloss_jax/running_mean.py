@@ -12,12 +12,12 @@ from typing import (
     Self,
 )
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from wloss_jax._checks import check_type, check_value
 from wloss_jax._devices import (
     jit_compiled,
 )
@@ -93,10 +93,10 @@ class RunningMean:
         Raises:
           AssertionError: ``m`` is no `WeightedMean`, or of another shape.
         """
-        chex.assert_equal(
+        check_type(
+            "m",
             isinstance(m, WeightedMean),
-            True,
-            custom_message=f"`m` is {type(m).__name__}: `update` takes the "
+            f"is {type(m).__name__}: `update` takes the "
             "`WeightedMean` that a loss returns; `merge` takes another `RunningMean`.",
         )
         zeros = jnp.zeros_like(m.total)
@@ -111,17 +111,18 @@ class RunningMean:
         Raises:
           AssertionError: ``other`` is no `RunningMean`, or of another shape.
         """
-        chex.assert_equal(
+        check_type(
+            "other",
             isinstance(other, RunningMean),
-            True,
-            custom_message=f"`other` is {type(other).__name__}: `merge` takes another "
+            f"is {type(other).__name__}: `merge` takes another "
             "`RunningMean`; `update` takes the `WeightedMean` that a loss returns.",
         )
-        chex.assert_equal(
-            jnp.shape(self.total),
-            jnp.shape(other.total),
-            custom_message="the shapes of what is added differ: `merge` the batch axes "
-            "of a `WeightedMean` first, or start from `RunningMean.zeros(shape)`.",
+        check_value(
+            "total",
+            jnp.shape(self.total) == jnp.shape(other.total),
+            f"has shape {jnp.shape(self.total)} here and {jnp.shape(other.total)} in "
+            "what is added: `merge` the batch axes of a `WeightedMean` first, or start "
+            "from `RunningMean.zeros(shape)`.",
         )
         total = _add(self.total, self.total_low, other.total, other.total_low)
         weight = _add(self.weight, self.weight_low, other.weight, other.weight_low)

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import chex
 import jax
 
-from wloss_jax._checks import check_array
+from wloss_jax._checks import check_array, check_type
 from wloss_jax.means import WeightedMean
 
 Scheme = Callable[[jax.Array, jax.Array], jax.Array]
@@ -87,9 +86,9 @@ def mean_of_means_bias(m: WeightedMean) -> jax.Array:
       >>> print(wl.mean_of_means_bias(m))  # (1 + 3) / 2 for (3 + 3) / (3 + 1)
       0.5
     """
-    chex.assert_equal(
+    check_type(
+        "m",
         isinstance(m, WeightedMean),
-        True,
-        custom_message=f"`m` must be a WeightedMean; got {type(m).__name__}.",
+        f"must be a WeightedMean; got {type(m).__name__}.",
     )
     return m.reweight(size_power(0.0)).merge().compute() - m.merge().compute()

@@ -6,7 +6,6 @@ from typing import (
     Unpack,
 )
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -15,6 +14,7 @@ from jax.typing import ArrayLike
 from wloss_jax._checks import (
     check_array,
     check_number,
+    check_type,
     describe,
 )
 from wloss_jax.losses._labels import (
@@ -146,7 +146,7 @@ def hinge_loss(
     Source:
       `optax.losses.hinge_loss`.
     """
-    return guarded(optax.losses.hinge_loss, hides_nan=True)(
+    return guarded(optax.losses.hinge_loss, marks_nan=True)(
         predictor_outputs, targets, **reduction
     )
 
@@ -173,7 +173,7 @@ def perceptron_loss(
     Source:
       `optax.losses.perceptron_loss`.
     """
-    return guarded(optax.losses.perceptron_loss, hides_nan=True)(
+    return guarded(optax.losses.perceptron_loss, marks_nan=True)(
         predictor_outputs, targets, **reduction
     )
 
@@ -206,10 +206,10 @@ def sparsemax_loss(
       Losses, 2020.
     """
     labels = check_array("labels", labels)
-    chex.assert_equal(
-        jnp.issubdtype(labels.dtype, jnp.floating),
-        False,
-        custom_message=f"`labels` must be integer or bool; got {describe(labels)}.",
+    check_type(
+        "labels",
+        not jnp.issubdtype(labels.dtype, jnp.floating),
+        f"must be integer or bool; got {describe(labels)}.",
     )
     return guarded(_sparsemax_loss)(logits, labels, **reduction)
 

@@ -61,7 +61,7 @@ def softmax_cross_entropy(
       `optax.losses.softmax_cross_entropy`.
     """
     logits, labels = event_last(axis, logits=logits, labels=labels)
-    return guarded(optax.losses.softmax_cross_entropy, event_ndim=1, hides_nan=True)(
+    return guarded(optax.losses.softmax_cross_entropy, event_ndim=1, marks_nan=True)(
         logits, labels, **reduction
     )
 
@@ -92,7 +92,7 @@ def safe_softmax_cross_entropy(
     """
     logits, labels = event_last(-1, logits=logits, labels=labels)
     return guarded(
-        optax.losses.safe_softmax_cross_entropy, event_ndim=1, hides_nan=True
+        optax.losses.safe_softmax_cross_entropy, event_ndim=1, marks_nan=True
     )(logits, labels, **reduction)
 
 

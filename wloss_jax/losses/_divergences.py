@@ -49,7 +49,7 @@ def kl_divergence(
     Source:
       `optax.losses.kl_divergence`.
     """
-    return guarded(optax.losses.kl_divergence, event_ndim=1, hides_nan=True)(
+    return guarded(optax.losses.kl_divergence, event_ndim=1, marks_nan=True)(
         *event_last(axis, log_predictions=log_predictions, targets=targets),
         **reduction,
     )
@@ -85,7 +85,7 @@ def kl_divergence_with_log_targets(
       `optax.losses.kl_divergence_with_log_targets`.
     """
     return guarded(
-        optax.losses.kl_divergence_with_log_targets, event_ndim=1, hides_nan=True
+        optax.losses.kl_divergence_with_log_targets, event_ndim=1, marks_nan=True
     )(
         *event_last(axis, log_predictions=log_predictions, log_targets=log_targets),
         **reduction,

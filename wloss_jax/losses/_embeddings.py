@@ -117,6 +117,6 @@ def triplet_margin_loss(
     check_number("margin", margin)
     check_number("eps", eps, 0)
     arrays = event_last(axis, anchors=anchors, positives=positives, negatives=negatives)
-    return guarded(optax.losses.triplet_margin_loss, event_ndim=1, hides_nan=True)(
+    return guarded(optax.losses.triplet_margin_loss, event_ndim=1, marks_nan=True)(
         *arrays, norm_degree=norm_degree, margin=margin, eps=eps, **reduction
     )

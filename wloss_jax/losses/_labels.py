@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 
-import chex
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from wloss_jax._checks import (
     check_array,
+    check_dtype,
     check_label,
+    check_shape,
     describe,
 )
+from wloss_jax._counting import check_weights
 from wloss_jax._devices import (
     jit_compiled,
 )
@@ -26,13 +28,13 @@ from wloss_jax.masks import (
 def check_labels(labels: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
     """Checks integer class labels against the shape of the elements."""
     mend = (
-        f"`labels` must be integer classes of shape {shape}, one for each element; got "
+        f"must be integer classes of shape {shape}, one for each element; got "
         "{}. One-hot labels are for `softmax_cross_entropy`."
     )
-    labels = check_array("labels", labels)
-    came = describe(labels)
-    chex.assert_type(labels, int, custom_message=mend.format(came))
-    chex.assert_shape(labels, shape, custom_message=mend.format(came))
+    array = check_array("labels", labels)
+    came = mend.format(describe(array))
+    check_dtype("labels", array, int, came)
+    check_shape("labels", array, shape, came)
     return check_array("labels", labels, int)
 
 
@@ -67,17 +69,18 @@ def own_class_weights(
 ) -> jax.Array:
     """Folds the weight of each element's own class into ``weights``."""
     class_weights = check_array("class_weights", class_weights, float)
-    chex.assert_shape(
+    check_shape(
+        "class_weights",
         class_weights,
         logits.shape[-1:],
-        custom_message="`class_weights` must have one weight for each class.",
+        "must have one weight for each class.",
     )
     # A product of two weights is as precise as the sum that it goes into.
     dtype = jnp.result_type(class_weights, logits, jnp.float32)
     own = class_weights.astype(dtype).at[labels].get(mode="clip")
     if weights is None:
         return own
-    weights = check_array("weights", weights, float)
+    weights = check_weights(weights)
     return own * expand_leading("weights", weights, labels.shape)
 
 

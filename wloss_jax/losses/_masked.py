@@ -11,14 +11,9 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping
-from typing import (
-    Any,
-    TypedDict,
-    TypeVar,
-)
+from collections.abc import Callable
+from typing import Any, TypeVar
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,33 +24,21 @@ from wloss_jax._checks import (
     check_axis,
     check_count,
     check_function,
+    check_keywords,
+    check_rank,
+    check_shape,
+    check_value,
 )
-from wloss_jax._devices import (
-    jit_compiled,
-)
+from wloss_jax._counting import SHARED, Reduction, what_counts
+from wloss_jax._devices import compiled_by_option
 from wloss_jax.losses._labels import nan_unless
-from wloss_jax.masks import (
-    freeze,
-    make_safe,
-    valid_mask,
-)
-from wloss_jax.means import WeightedMean, weighted_mean
+from wloss_jax.masks import fill_masked, freeze
+from wloss_jax.means import WeightedMean
+
+__all__ = ["Reduction"]  # for the chapters beside this one
 
 _Loss = TypeVar("_Loss", bound=Callable[..., WeightedMean])
 Axis = int | tuple[int, ...] | None
-
-
-class Reduction(TypedDict, total=False):
-    """The keywords that every loss shares; `weighted_mean` says what they mean."""
-
-    where: ArrayLike | None
-    lengths: ArrayLike | None
-    weights: ArrayLike | None
-    segment_ids: ArrayLike | None
-    num_segments: int | None
-
-
-_SHARED = tuple(Reduction.__annotations__)
 
 
 def masked(
@@ -66,7 +49,10 @@ def masked(
     ``masked(f)(x, y, **keywords) = weighted_mean(f(x, y), **keywords)``, NaN-safe
 
     What a masked position holds changes neither the value nor any gradient, and the
-    gradient there is exactly 0, even where ``f`` has none.
+    gradient there is exactly 0, even where ``f`` has none. ``f`` sees the first element
+    that counts in its place, so that it never leaves its domain; numbers between 0 and
+    1 where nothing counts at all. Arrays of ``[B, L]`` that ``f`` closes over are not
+    known here, so not made safe: hand them in.
 
     Args:
       loss_fn: arrays, positional and of one shape, to the loss of each element. Keyword
@@ -93,54 +79,60 @@ def masked(
     """
     check_function("loss_fn", loss_fn)
     check_count("event_ndim", event_ndim)
-    return guarded(loss_fn, event_ndim, of_user=True, hides_nan=True)
+    return guarded(loss_fn, event_ndim, fills_masked=True, marks_nan=True)
 
 
 def guarded(
     loss_fn: Callable[..., jax.Array],
     event_ndim: int = 0,
     *,
-    of_user: bool = False,
-    hides_nan: bool = False,
+    fills_masked: bool = False,
+    marks_nan: bool = False,
 ) -> Callable[..., WeightedMean]:
-    """`masked`, and what is cheaper for the losses of this package.
+    """Makes `masked` of a loss, by the cheapest guards that it can do with.
 
     Args:
       loss_fn: as in `masked`.
       event_ndim: as in `masked`.
-      of_user: whether ``loss_fn`` may close over arrays. Their gradient adds up over
-        all positions, so no NaN may arise at any: inputs are made safe. Else masked
-        positions are frozen, and what arises there is dropped: on CPU `make_safe` costs
-        a third to a half more in the losses of classes (XLA fuses no select into sums).
-      hides_nan: whether ``loss_fn`` may have a derivative where it is NaN, as
-        `jnp.maximum` has, 0. Where not, looking for NaN costs up to a half for nothing.
+      fills_masked: puts an element that counts in the place of masked ones. A must for
+        a ``loss_fn`` that closes over arrays: their gradient adds up over all
+        positions, so that no NaN may arise at any. By default masked positions are
+        frozen, and what arises there is dropped: on CPU filling costs a third to a half
+        more in the losses of classes (XLA fuses no select into sums).
+      marks_nan: makes NaN of the gradient too where a value is NaN. A must for a
+        ``loss_fn`` that may have a derivative where it is NaN, as `jnp.maximum` has, 0;
+        where not, looking for NaN costs up to a half for nothing.
     """
     names = _array_names(loss_fn)
+    signature = _with_shared_keywords(loss_fn)
 
     @functools.wraps(loss_fn)
     def masked_loss(*arrays: ArrayLike, **keywords: Any) -> WeightedMean:
-        reduction = {k: v for k, v in keywords.items() if k in _SHARED}
-        options = {k: v for k, v in keywords.items() if k not in _SHARED}
+        check_keywords(signature, keywords)
+        reduction = {k: v for k, v in keywords.items() if k in SHARED}
+        options = {k: v for k, v in keywords.items() if k not in SHARED}
         data = _check_data(_name_all(names, arrays), arrays, event_ndim)
         shape = data[0].shape[: data[0].ndim - event_ndim]
-        mask = valid_mask(shape, **without_weights(reduction))
-        if mask is not None:
-            data = [
-                make_safe(array, mask, i) if of_user else freeze(array, mask)
-                for i, array in enumerate(data)
-            ]
+        counts = what_counts(shape, **reduction)
+        if counts.mask is not None:
+            if fills_masked:
+                data = fill_masked(data, counts.mask)
+            else:
+                data = [freeze(array, counts.mask) for array in data]
         values = loss_fn(*map(at_least_float32, data), **options)
         values = check_array("loss_fn(...)", values, float)
-        chex.assert_shape(
+        check_shape(
+            "loss_fn(...)",
             values,
             shape,
-            custom_message=f"`loss_fn` must return one value for each element. With "
-            f"event_ndim={event_ndim} the elements are {shape}.",
+            f"has shape {values.shape}: one value for each element is expected, "
+            f"{shape} with event_ndim={event_ndim}.",
         )
-        if hides_nan:
+        if marks_nan:
             values *= nan_unless(~jnp.isnan(values)).astype(values.dtype)
-        return weighted_mean(values, **reduction)
+        return WeightedMean(*counts.add_up(values))
 
+    vars(masked_loss)["__signature__"] = signature
     return masked_loss
 
 
@@ -181,13 +173,7 @@ def per_sample(loss: Callable[..., WeightedMean]) -> Callable[..., WeightedMean]
             if name in positional or name in names or name in _MAPPED
             if name not in _UNMAPPED and value is not None
         }
-        sizes = {name: array.shape[:1] for name, array in mapped.items()}
-        chex.assert_equal(
-            len(set(sizes.values())) == 1 and () not in sizes.values(),
-            True,
-            custom_message="axis 0 of each array is the batch, and must be there and "
-            f"the same; got { ({k: v.shape for k, v in mapped.items()}) }.",
-        )
+        _check_batch({name: array.shape for name, array in mapped.items()})
         shared = {k: v for k, v in keywords.items() if k not in mapped}
 
         def sample_loss(sample: dict[str, jax.Array]) -> WeightedMean:
@@ -201,7 +187,18 @@ def per_sample(loss: Callable[..., WeightedMean]) -> Callable[..., WeightedMean]
 
 
 _MAPPED = ("where", "lengths", "weights", "segment_ids")
-_UNMAPPED = ("kernel", "bias", "class_weights")
+_UNMAPPED = ("kernel", "bias", "class_weights", "class_mask")
+
+
+def _check_batch(shapes: dict[str, tuple[int, ...]]) -> None:
+    first_name, first = next(iter(shapes.items()))
+    for name, shape in shapes.items():
+        check_value(
+            name,
+            shape[:1] == first[:1] != (),
+            f"has shape {shape} and `{first_name}` {first}: axis 0 of each is the "
+            "batch, and must be there and the same.",
+        )
 
 
 def _array_names(loss: Callable[..., Any]) -> list[str]:
@@ -228,36 +225,34 @@ def _name_all(names: list[str], arrays: tuple[ArrayLike, ...]) -> list[str]:
 def _check_data(
     names: list[str], arrays: tuple[ArrayLike, ...], event_ndim: int
 ) -> list[jax.Array]:
-    chex.assert_equal(
-        bool(arrays), True, custom_message="a loss takes its arrays by position."
+    check_value(
+        (names or ["predictions"])[0],
+        bool(arrays),
+        "is missing: arrays go by position.",
     )
     data = [
         check_array(name, array, None if i else float)
         for i, (name, array) in enumerate(zip(names, arrays, strict=True))
     ]
     first = data[0]
-    chex.assert_rank(
+    check_rank(
+        f"{names[0]}",
         first,
         set(range(event_ndim, 33)),
-        custom_message=f"`{names[0]}` has shape {first.shape}, but the loss consumes "
+        f"has shape {first.shape}, but the loss consumes "
         f"{event_ndim} trailing axes of it.",
     )
     for name, array in zip(names[1:], data[1:], strict=True):
         fits = array.shape == first.shape[: array.ndim]
-        chex.assert_equal(
+        check_value(
+            f"{name}",
             fits and first.ndim - event_ndim <= array.ndim,
-            True,
-            custom_message=f"`{name}` has shape {array.shape} and `{names[0]}` "
+            f"has shape {array.shape} and `{names[0]}` "
             f"{first.shape}: they must be the same"
             + (f", or lack the last {event_ndim}" if event_ndim else "")
             + ". Nothing is broadcast: index or reshape the one that is off.",
         )
     return data
-
-
-def without_weights(reduction: Mapping[str, Any]) -> dict[str, Any]:
-    """The keywords that say which elements count; `weights` says how much."""
-    return {name: value for name, value in reduction.items() if name != "weights"}
 
 
 def at_least_float32(array: jax.Array) -> jax.Array:
@@ -267,17 +262,23 @@ def at_least_float32(array: jax.Array) -> jax.Array:
 
 
 def public_loss(loss: _Loss) -> _Loss:
-    """Compiles a loss, its options static, and spells out the shared keywords."""
+    """Compiles a loss, and spells out the shared keywords in its signature."""
+    vars(loss)["__signature__"] = _with_shared_keywords(loss)
+    return compiled_by_option(loss)
+
+
+def _with_shared_keywords(loss: Callable[..., Any]) -> inspect.Signature:
+    """The signature of ``loss`` and the keywords of `weighted_mean`."""
     signature = inspect.signature(loss)
-    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    own = list(signature.parameters.values())
+    # A `**reduction` of our own stands for the shared keywords alone.
+    rest = [p for p in own if p.kind is p.VAR_KEYWORD and p.name != "reduction"]
+    own = [p for p in own if p.kind is not p.VAR_KEYWORD and p.name not in SHARED]
     shared = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
-        for name in _SHARED
+        for name in SHARED
     ]
-    loss.__signature__ = signature.replace(parameters=own + shared)  # type: ignore[attr-defined]
-    options = [p.name for p in own if p.kind is p.KEYWORD_ONLY]
-    static = [name for name in options if name != "class_weights"]
-    return jit_compiled("num_segments", *static)(loss)
+    return inspect.Signature(own + shared + rest)
 
 
 def event_last(axis: Axis, **arrays: ArrayLike) -> list[jax.Array]:
@@ -286,24 +287,24 @@ def event_last(axis: Axis, **arrays: ArrayLike) -> list[jax.Array]:
     checked = {name: check_array(name, array) for name, array in arrays.items()}
     (first_name, first), *others = checked.items()
     for name, array in others:
-        chex.assert_equal(
-            array.shape,
-            first.shape,
-            custom_message=f"`{name}` and `{first_name}` must have the same shape.",
+        check_value(
+            f"{name}",
+            array.shape == first.shape,
+            f"and `{first_name}` must have the same shape.",
         )
-    chex.assert_rank(
+    check_rank(
+        f"{first_name}",
         first,
         set(range(1, 33)),
-        custom_message=f"`{first_name}` needs an axis for the classes or components.",
+        "needs an axis for the classes or components.",
     )
     event = tuple(range(first.ndim)) if axis is None else axis
     event = np.lib.array_utils.normalize_axis_tuple(event, first.ndim, argname="axis")
     size = math.prod(first.shape[i] for i in event)
-    chex.assert_equal(
+    check_value(
+        f"{first_name}",
         size > 0,
-        True,
-        custom_message=f"`{first_name}` has shape {first.shape}: it needs at least one "
-        "class or component.",
+        f"has shape {first.shape}: it needs at least one class or component.",
     )
     if axis == -1:
         return list(checked.values())

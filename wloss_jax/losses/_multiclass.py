@@ -138,6 +138,6 @@ def _with_labels(
     def elementwise(scores: jax.Array, labels: jax.Array) -> jax.Array:
         return loss_fn(scores, labels) * nan_unless_class(labels, scores.shape[-1])
 
-    return guarded(elementwise, event_ndim=1, hides_nan=True)(
+    return guarded(elementwise, event_ndim=1, marks_nan=True)(
         scores, labels, **reduction
     )

@@ -213,7 +213,7 @@ def quantile_loss(
       Koenker and Bassett, Regression Quantiles, 1978.
     """
     check_number("quantile", quantile, 0, 1)
-    return guarded(_quantile_loss, hides_nan=True)(
+    return guarded(_quantile_loss, marks_nan=True)(
         predictions, targets, quantile=quantile, **reduction
     )
 

@@ -6,7 +6,6 @@ from typing import (
     Unpack,
 )
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -16,7 +15,11 @@ from wloss_jax._checks import (
     check_array,
     check_count,
     check_number,
+    check_rank,
+    check_shape,
+    check_value,
 )
+from wloss_jax._counting import what_counts
 from wloss_jax._devices import (
     vary,
 )
@@ -27,13 +30,11 @@ from wloss_jax.losses._masked import (
     Reduction,
     at_least_float32,
     public_loss,
-    without_weights,
 )
 from wloss_jax.masks import (
     make_safe,
-    valid_mask,
 )
-from wloss_jax.means import WeightedMean, weighted_mean
+from wloss_jax.means import WeightedMean
 
 
 @public_loss
@@ -88,24 +89,22 @@ def ctc_loss(
         "labels": check_array("labels", labels, int),
         "label_paddings": check_array("label_paddings", label_paddings),
     }
-    chex.assert_rank(
+    check_rank(
+        "logits",
         arrays["logits"],
         set(range(2, 33)),
-        custom_message="`logits` needs an axis for the frames and one for the classes.",
+        "needs an axis for the frames and one for the classes.",
     )
     *batch_axes, frame_count, num_classes = arrays["logits"].shape
-    chex.assert_equal(
+    check_value(
+        "logits",
         frame_count > 0,
-        True,
-        custom_message=f"`logits` of shape {arrays['logits'].shape} has no frames: pad "
-        "to at least one.",
+        f"of shape {arrays['logits'].shape} has no frames: pad to at least one.",
     )
     check_number("log_epsilon", log_epsilon, high=0)
     check_count("blank_id", blank_id)
-    chex.assert_equal(
-        blank_id < num_classes,
-        True,
-        custom_message=f"`blank_id` is {blank_id}, of {num_classes} classes.",
+    check_value(
+        "blank_id", blank_id < num_classes, f"is {blank_id}, of {num_classes} classes."
     )
     batch, time, length = tuple(batch_axes), (frame_count,), arrays["labels"].shape[-1:]
     for name, event in (
@@ -113,18 +112,18 @@ def ctc_loss(
         ("labels", length),
         ("label_paddings", length),
     ):
-        chex.assert_shape(
+        check_shape(
+            f"{name}",
             arrays[name],
             batch + event,
-            custom_message=f"`{name}` does not fit logits of shape "
-            f"{arrays['logits'].shape}.",
+            f"does not fit logits of shape {arrays['logits'].shape}.",
         )
     if not all(length):  # optax wants a label, which may be padding
         arrays["labels"] = jnp.zeros((*batch, 1), jnp.int32)
         arrays["label_paddings"] = jnp.ones((*batch, 1), jnp.int32)
-    mask = valid_mask(batch, **without_weights(reduction))
-    if mask is not None:
-        arrays = {name: make_safe(array, mask) for name, array in arrays.items()}
+    counts = what_counts(batch, **reduction)
+    if counts.mask is not None:
+        arrays = {name: make_safe(array, counts.mask) for name, array in arrays.items()}
     frames, symbols = arrays["logit_paddings"] < 1, arrays["label_paddings"] < 1
     labels = arrays["labels"]
     visible_nan = jnp.where(symbols, nan_unless_class(labels, num_classes), 1)
@@ -143,7 +142,7 @@ def ctc_loss(
     )
     # In x64, optax makes float64 of float32.
     values = values.astype(logits.dtype).reshape(batch) * visible_nan.prod(axis=-1)
-    return weighted_mean(values, **reduction)
+    return WeightedMean(*counts.add_up(values))
 
 
 def _rows(array: jax.Array, event_ndim: int) -> jax.Array:
