@@ -491,6 +491,8 @@ def test_merges_in_any_order_and_grouping_agree(totals, counts, order, cut):
         np.testing.assert_allclose(
             grouped.compute(), total / weight, rtol=2e-7, atol=tolerance
         )
+    elif total:
+        assert grouped.compute() == np.copysign(np.inf, total)
     else:
         assert grouped.compute() == 0
         assert np.isnan(grouped.compute(empty=jnp.nan))

@@ -953,6 +953,38 @@ def test_a_users_loss_may_take_any_number_of_arrays():
     assert wl.masked(jnp.subtract)(jnp.array([3.0]), jnp.ones(1)).compute() == 2
 
 
+OUTSIDE = {  # domains that no constant is in, and an element of each
+    "arccosh": (lambda x: jnp.arccosh(x), 1.5),
+    "log(x - 1)": (lambda x: jnp.log(x - 1), 1.5),
+    "sqrt(x - 7)": (lambda x: jnp.sqrt(x - 7), 8.0),
+    "log(-x)": (lambda x: jnp.log(-x), -2.0),
+    "a beta of 3": (lambda x: jnp.sqrt(9 - (x - 50) ** 2), 50.5),
+}
+
+
+@pytest.mark.parametrize("padding", ["valid", "outside"])
+@pytest.mark.parametrize("domain", OUTSIDE)
+def test_what_a_users_loss_closes_over_stays_in_the_domain(domain, padding):
+    formula, inside = OUTSIDE[domain]
+    pad = inside if padding == "valid" else np.nan
+    x = jnp.array([[pad, inside, inside * 1.01], [pad, pad, pad]])
+    where = jnp.array([[False, True, True], [False] * 3])
+
+    def mean(s, x, where):
+        return wl.masked(lambda x: s * formula(x))(x, where=where)
+
+    expected = float(np.mean(formula(x[0, 1:])))
+    whole = jax.grad(lambda s: mean(s, x, where).compute())(1.0)
+    first = jax.grad(lambda s: mean(s, x[0], where[0]).compute())(1.0)
+    rows = jax.grad(
+        lambda s: jax.vmap(lambda x, w: mean(s, x, w))(x, where).merge().compute()
+    )(1.0)
+    # One sum of two terms.
+    np.testing.assert_allclose([whole, first, rows], expected, rtol=1e-6)
+    forward = jax.jvp(lambda s: mean(s, x, where).compute(), (1.0,), (1.0,))
+    np.testing.assert_allclose(forward, expected, rtol=1e-6)
+
+
 def test_further_arrays_of_a_users_loss_may_lack_event_axes():
     def gathered(x, label, factor):
         return jnp.take_along_axis(x, label[:, None], 1)[:, 0] * factor.sum(-1)

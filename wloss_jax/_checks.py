@@ -14,15 +14,17 @@ from __future__ import annotations
 
 import inspect
 import math
-import sys
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
+
+# A number, which is checked and compiled in, or a traced scalar.
+Option = float | jax.Array
 
 
 class ArgumentValueError(AssertionError, ValueError):
@@ -236,20 +238,56 @@ def check_function(name: str, value: object) -> None:
 def check_number(
     name: str,
     value: object,
-    low: float = -sys.float_info.max,
-    high: float = sys.float_info.max,
+    low: float = -math.inf,
+    high: float = math.inf,
     *,
-    nan: bool = False,
+    strictly: bool = False,
 ) -> None:
-    """Checks an option: a Python number from ``low`` to ``high``."""
-    is_number = isinstance(value, int | float | np.integer | np.floating)
-    is_number &= not isinstance(value, bool)
-    number = float(cast(float, value)) if is_number else math.nan
+    """Checks an option: a Python number from ``low`` to ``high``, or a traced scalar.
+
+    Args:
+      name: of the option.
+      value: a traced scalar passes unseen; infinity and NaN are no numbers here.
+      low: the smallest value.
+      high: the largest.
+      strictly: whether ``low`` and ``high`` themselves are out.
+    """
+    if is_traced(value):
+        check_scalar(name, value)
+        return
+    number = float(cast(float, value)) if is_number(value) else math.nan
+    fits = low < number < high if strictly else low <= number <= high
     check_value(
         name,
-        low <= number <= high or (is_number and nan and math.isnan(number)),
-        f"must be a Python number from {low:.4g} to {high:.4g}; got {value!r}.",
+        fits and math.isfinite(number),
+        lambda: f"must be a number{_range(low, high, strictly)}; got {value!r}.",
     )
+
+
+def is_number(value: object) -> bool:
+    """Whether ``value`` is a number of Python's or NumPy's, and no switch."""
+    return is_integer(value) or isinstance(value, float | np.floating)
+
+
+def is_traced(option: object) -> TypeGuard[jax.Array]:
+    """Whether an option comes as an array: one whose value no check looks at."""
+    return isinstance(option, jax.Array | np.ndarray)
+
+
+def is_zero(option: object) -> bool:
+    """Whether an option is known to be 0: what it scales need not be computed."""
+    return not is_traced(option) and option == 0
+
+
+def _range(low: float, high: float, strictly: bool) -> str:
+    if math.isfinite(low) and math.isfinite(high):
+        ends = f"{low:g} and {high:g}" if strictly else f"{low:g} to {high:g}"
+        return f" {'between' if strictly else 'from'} {ends}"
+    if math.isfinite(low):
+        return f" above {low:g}" if strictly else f" of at least {low:g}"
+    if math.isfinite(high):
+        return f" below {high:g}" if strictly else f" of at most {high:g}"
+    return ""
 
 
 def check_flag(name: str, value: object) -> None:

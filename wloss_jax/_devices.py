@@ -54,11 +54,14 @@ def compiled_by_option(function: _Function) -> _Function:
     @functools.wraps(function)
     def compiled(*args: Any, **kwargs: Any) -> Any:
         check_keywords(signature, kwargs)
-        static = tuple(
-            name
-            for name in options
-            if name in kwargs and isinstance(kwargs[name], _STATIC)
-        )
+        given = [name for name in options if name in kwargs]
+        for name in given:
+            check_type(
+                name,
+                kwargs[name] is None or isinstance(kwargs[name], _STATIC + _ARRAYS),
+                f"must be a number, a switch or a traced scalar; got {kwargs[name]!r}.",
+            )
+        static = tuple(name for name in given if isinstance(kwargs[name], _STATIC))
         return jitted(static)(*args, **kwargs)
 
     return cast(_Function, compiled)
@@ -66,6 +69,7 @@ def compiled_by_option(function: _Function) -> _Function:
 
 _DATA = ("where", "lengths", "weights", "segment_ids", "class_weights", "class_mask")
 _STATIC = (bool, int, float, str, tuple, np.generic)
+_ARRAYS = (np.ndarray, jax.Array)
 
 
 def axis_names(axis_name: AxisName) -> tuple[str, ...]:

@@ -25,11 +25,12 @@ from jax.typing import ArrayLike
 from wloss_jax._checks import (
     check_array,
     check_count,
-    check_number,
     check_rank,
     check_shape,
+    check_type,
     check_value,
     describe,
+    is_number,
     widen,
 )
 
@@ -105,7 +106,7 @@ def observed_mask(targets: ArrayLike, missing: float = math.nan) -> jax.Array:
       [ True  True False]
     """
     targets = check_array("targets", targets)
-    check_number("missing", missing, -math.inf, math.inf, nan=True)
+    check_type("missing", is_number(missing), f"must be a number; got {missing!r}.")
     if jnp.issubdtype(targets.dtype, jnp.floating):
         if math.isnan(missing):
             return ~jnp.isnan(targets)

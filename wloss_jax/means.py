@@ -9,6 +9,7 @@ split invariance: sums do not depend on how their terms are grouped, means do.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, Self, cast
 
@@ -136,10 +137,10 @@ class WeightedMean:
     def compute(self, empty: ArrayLike = 0.0) -> jax.Array:
         """Divides: ``total / weight``, and ``empty`` where nothing counted.
 
-        Nothing counted where both sums are 0; the gradient is exactly 0 there, and
-        none ever flows through the weight. A total without a weight, of weights that
-        cancel, is not empty: it shows, as infinity. No epsilon, and no floor under the
-        weight: a mean of small weights is as good as one of large ones.
+        Nothing counted where both sums are 0. A total without a weight, of weights that
+        cancel, is not empty: it shows, as infinity. Where the weight is 0 the gradient
+        is exactly 0, and none ever flows through the weight. No epsilon, and no floor
+        under the weight: a mean of small weights is as good as one of large ones.
 
         Args:
           empty: the value where nothing counted, a number or of the shape of ``total``.
@@ -208,7 +209,7 @@ class WeightedMean:
         # In this order: of one weight over another there may be no float32.
         total = self.total / safe_size * weight
         # A total without a weight is not empty: it stays, and shows.
-        unweighted = jnp.where(self.total == 0, 0, self.total)
+        unweighted = jax.lax.stop_gradient(self.total)
         return WeightedMean(jnp.where(no_weight, unweighted, total), weight)
 
     def __float__(self) -> float:
@@ -264,10 +265,13 @@ def _merge(m: WeightedMean, *, axis: int | tuple[int, ...] | None) -> WeightedMe
 
 @jit_compiled()
 def _divide(m: WeightedMean, empty: jax.Array) -> jax.Array:
-    weight = jax.lax.stop_gradient(m.weight)
-    is_empty = (weight == 0) & (m.total == 0)
-    mean = m.total / jnp.where(is_empty, jnp.ones_like(weight), weight)
-    return jnp.where(is_empty, jnp.asarray(empty, mean.dtype), mean)
+    weight, total = jax.lax.stop_gradient((m.weight, m.total))
+    no_weight = weight == 0
+    mean = m.total / jnp.where(no_weight, jnp.ones_like(weight), weight)
+    # Chosen by the weight alone, so that the slope of a mean is known from it, and the
+    # compiler drops the model where only slopes are wanted.
+    shown = jnp.where(total == 0, jnp.asarray(empty, mean.dtype), total * math.inf)
+    return jnp.where(no_weight, shown, mean)
 
 
 def _refuse(m: object, *_: object) -> Any:

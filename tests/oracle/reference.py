@@ -215,7 +215,7 @@ def triplet_margin_loss(
     anchor, positive, negative, norm_degree=2, margin=1.0, eps=1e-6
 ):
     def distance(a, b):
-        return (((a - b) ** norm_degree).sum() + eps) ** (1 / norm_degree)
+        return ((abs(a - b) ** norm_degree).sum() + eps) ** (1 / norm_degree)
 
     return max(distance(anchor, positive) - distance(anchor, negative) + margin, 0)
 

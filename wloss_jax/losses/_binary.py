@@ -12,6 +12,7 @@ import optax
 from jax.typing import ArrayLike
 
 from wloss_jax._checks import (
+    Option,
     check_array,
     check_number,
     check_type,
@@ -67,8 +68,8 @@ def sigmoid_focal_loss(
     logits: ArrayLike,
     labels: ArrayLike,
     *,
-    alpha: float | None = None,
-    gamma: float = 2.0,
+    alpha: Option | None = None,
+    gamma: Option = 2.0,
     **reduction: Unpack[Reduction],
 ) -> WeightedMean:
     """Computes the focal loss: cross-entropy that looks away from easy examples.
@@ -106,7 +107,7 @@ def sigmoid_focal_loss(
 
 
 def _sigmoid_focal_loss(
-    logits: jax.Array, labels: jax.Array, *, alpha: float | None, gamma: float
+    logits: jax.Array, labels: jax.Array, *, alpha: Option | None, gamma: Option
 ) -> jax.Array:
     labels = labels.astype(logits.dtype)
     odds = jnp.exp(-smooth_abs(logits))

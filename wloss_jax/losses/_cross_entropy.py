@@ -11,8 +11,10 @@ import optax
 from jax.typing import ArrayLike
 
 from wloss_jax._checks import (
+    Option,
     check_array,
     check_number,
+    is_zero,
 )
 from wloss_jax.losses._labels import (
     check_labels,
@@ -103,8 +105,8 @@ def softmax_cross_entropy_with_integer_labels(
     *,
     axis: int | tuple[int, ...] = -1,
     ignore_index: int | None = None,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
+    label_smoothing: Option = 0.0,
+    z_loss: Option = 0.0,
     class_weights: ArrayLike | None = None,
     **reduction: Unpack[Reduction],
 ) -> WeightedMean:
@@ -152,7 +154,7 @@ def softmax_cross_entropy_with_integer_labels(
     (logits,) = event_last(axis, logits=logits)
     labels = check_labels(labels, logits.shape[:-1])
     check_number("label_smoothing", label_smoothing, 0, 1)
-    check_number("z_loss", z_loss)
+    check_number("z_loss", z_loss, 0)
     if ignore_index is not None:
         reduction["where"] = counted_labels(
             labels, ignore_index, reduction.get("where")
@@ -171,15 +173,15 @@ def softmax_cross_entropy_with_integer_labels(
 
 
 def _integer_cross_entropy(
-    logits: jax.Array, labels: jax.Array, *, label_smoothing: float, z_loss: float
+    logits: jax.Array, labels: jax.Array, *, label_smoothing: Option, z_loss: Option
 ) -> jax.Array:
     lse = jax.nn.logsumexp(logits, axis=-1)
     target = score_of_label(logits, labels)
-    if label_smoothing:
+    if not is_zero(label_smoothing):
         target += label_smoothing * (logits.mean(axis=-1) - target)
     # All of the loss, for the score of a label out of range may have no gradient.
     loss = (lse - target) * nan_unless_class(labels, logits.shape[-1])
-    return loss + z_loss * lse**2 if z_loss else loss
+    return loss + z_loss * lse**2 if not is_zero(z_loss) else loss
 
 
 @public_loss
@@ -187,7 +189,7 @@ def poly_loss_cross_entropy(
     logits: ArrayLike,
     labels: ArrayLike,
     *,
-    epsilon: float = 2.0,
+    epsilon: Option = 2.0,
     axis: Axis = -1,
     **reduction: Unpack[Reduction],
 ) -> WeightedMean:

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import (
-    Unpack,
-)
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.typing import ArrayLike
 
-from wloss_jax._checks import (
-    check_number,
-)
+from wloss_jax._checks import Option, check_number, is_traced
 from wloss_jax.losses._masked import (
     Axis,
     Reduction,
@@ -29,7 +24,7 @@ def cosine_distance(
     predictions: ArrayLike,
     targets: ArrayLike,
     *,
-    epsilon: float = 0.0,
+    epsilon: Option = 0.0,
     axis: Axis = -1,
     **reduction: Unpack[Reduction],
 ) -> WeightedMean:
@@ -64,7 +59,7 @@ def cosine_distance(
 
 
 def _cosine_distance(
-    predictions: jax.Array, targets: jax.Array, *, epsilon: float
+    predictions: jax.Array, targets: jax.Array, *, epsilon: Option
 ) -> jax.Array:
     def norm(x: jax.Array) -> jax.Array:
         return jnp.sqrt(jnp.maximum((x**2).sum(axis=-1), epsilon))
@@ -81,23 +76,23 @@ def triplet_margin_loss(
     negatives: ArrayLike,
     *,
     axis: int = -1,
-    norm_degree: float = 2,
-    margin: float = 1.0,
-    eps: float = 1e-6,
+    norm_degree: Option = 2,
+    margin: Option = 1.0,
+    eps: Option = 1e-6,
     **reduction: Unpack[Reduction],
 ) -> WeightedMean:
     """Computes the triplet loss: positives nearer to the anchor than negatives.
 
     ``max(d(anchor, positive) - d(anchor, negative) + margin, 0)`` with
-    ``d(a, b) = (sum_i (a_i - b_i)**n + eps)**(1/n)``
+    ``d(a, b) = (sum_i |a_i - b_i|**n + eps)**(1/n)``
 
     Args:
       anchors: floating ``[..., D]``; one triplet is one element.
       positives: floating, of the same shape.
       negatives: floating, of the same shape.
       axis: the axis of an embedding.
-      norm_degree: n, even.
-      margin: by how much nearer.
+      norm_degree: n, at least 1.
+      margin: by how much nearer, at least 0.
       eps: keeps the gradient of a distance of 0 finite.
       **reduction: the keywords of `weighted_mean`.
 
@@ -114,9 +109,31 @@ def triplet_margin_loss(
       convolutional feature descriptors with triplet losses, 2016.
     """
     check_number("norm_degree", norm_degree, 1)
-    check_number("margin", margin)
+    check_number("margin", margin, 0)
     check_number("eps", eps, 0)
     arrays = event_last(axis, anchors=anchors, positives=positives, negatives=negatives)
-    return guarded(optax.losses.triplet_margin_loss, event_ndim=1, marks_nan=True)(
+    return guarded(_triplet_margin_loss, event_ndim=1, marks_nan=True)(
         *arrays, norm_degree=norm_degree, margin=margin, eps=eps, **reduction
     )
+
+
+def _triplet_margin_loss(
+    anchors: jax.Array,
+    positives: jax.Array,
+    negatives: jax.Array,
+    *,
+    norm_degree: Option,
+    margin: Option,
+    eps: Option,
+) -> jax.Array:
+    near = _distance(anchors - positives, norm_degree, eps)
+    far = _distance(anchors - negatives, norm_degree, eps)
+    return jnp.maximum(near - far + margin, 0)
+
+
+def _distance(errors: jax.Array, norm_degree: Option, eps: Option) -> jax.Array:
+    """The length of vectors: ``(sum_i |e_i|**n + eps)**(1/n)``."""
+    if is_traced(norm_degree) or norm_degree % 2:
+        # Of components that are 0 the derivative is 0, where that of `jnp.abs` is 1.
+        errors = errors * jax.lax.stop_gradient(jnp.sign(errors))
+    return ((errors**norm_degree).sum(axis=-1) + eps) ** (1 / norm_degree)

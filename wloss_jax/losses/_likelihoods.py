@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from wloss_jax._checks import (
+    Option,
     check_flag,
     check_number,
 )
@@ -30,7 +31,7 @@ def poisson_nll(
     *,
     log_input: bool = True,
     full: bool = False,
-    eps: float = 1e-8,
+    eps: Option = 1e-8,
     **reduction: Unpack[Reduction],
 ) -> WeightedMean:
     """Computes the negative log-likelihood of counts under a Poisson distribution.
@@ -68,7 +69,7 @@ def _poisson_nll(
     *,
     log_input: bool,
     full: bool,
-    eps: float,
+    eps: Option,
 ) -> jax.Array:
     if log_input:
         loss = jnp.exp(predictions) - targets * predictions
@@ -88,7 +89,7 @@ def gaussian_nll(
     variances: ArrayLike,
     *,
     full: bool = False,
-    eps: float = 1e-6,
+    eps: Option = 1e-6,
     **reduction: Unpack[Reduction],
 ) -> WeightedMean:
     """Computes the negative log-likelihood under a Gaussian of predicted variance.
@@ -128,7 +129,7 @@ def _gaussian_nll(
     variances: jax.Array,
     *,
     full: bool,
-    eps: float,
+    eps: Option,
 ) -> jax.Array:
     passed = variances - jax.lax.stop_gradient(variances)  # 0, with a gradient of 1
     variances = jnp.where(variances < eps, eps + passed, variances)

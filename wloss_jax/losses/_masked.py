@@ -192,12 +192,13 @@ _UNMAPPED = ("kernel", "bias", "class_weights", "class_mask")
 
 def _check_batch(shapes: dict[str, tuple[int, ...]]) -> None:
     first_name, first = next(iter(shapes.items()))
+    check_value(first_name, first != (), "has no axis: axis 0 is the batch.")
     for name, shape in shapes.items():
         check_value(
             name,
-            shape[:1] == first[:1] != (),
+            shape[:1] == first[:1],
             f"has shape {shape} and `{first_name}` {first}: axis 0 of each is the "
-            "batch, and must be there and the same.",
+            "batch, and must be the same.",
         )
 
 

@@ -13,6 +13,7 @@ import optax
 from jax.typing import ArrayLike
 
 from wloss_jax._checks import (
+    Option,
     check_number,
 )
 from wloss_jax.losses._masked import (
@@ -110,7 +111,7 @@ def huber_loss(
     predictions: ArrayLike,
     targets: ArrayLike,
     *,
-    delta: float = 1.0,
+    delta: Option = 1.0,
     **reduction: Unpack[Reduction],
 ) -> WeightedMean:
     """Computes the Huber loss: squared near 0, absolute far from it.
@@ -132,7 +133,7 @@ def huber_loss(
     Source:
       `optax.losses.huber_loss`; Huber, Robust estimation of a location parameter, 1964.
     """
-    check_number("delta", delta, 0)
+    check_number("delta", delta, 0, strictly=True)
     return guarded(optax.losses.huber_loss)(
         predictions, targets, delta=delta, **reduction
     )
@@ -184,7 +185,7 @@ def quantile_loss(
     predictions: ArrayLike,
     targets: ArrayLike,
     *,
-    quantile: float = 0.5,
+    quantile: Option = 0.5,
     **reduction: Unpack[Reduction],
 ) -> WeightedMean:
     """Computes the pinball loss, which a conditional quantile minimises.
@@ -219,8 +220,8 @@ def quantile_loss(
 
 
 def _quantile_loss(
-    predictions: jax.Array, targets: jax.Array, *, quantile: float
+    predictions: jax.Array, targets: jax.Array, *, quantile: Option
 ) -> jax.Array:
     errors = targets - predictions
     slope = jnp.where(errors > 0, quantile, quantile - 1) * (errors != 0)
-    return errors * jax.lax.stop_gradient(slope)
+    return errors * slope

@@ -12,6 +12,7 @@ import optax
 from jax.typing import ArrayLike
 
 from wloss_jax._checks import (
+    Option,
     check_array,
     check_count,
     check_number,
@@ -45,7 +46,7 @@ def ctc_loss(
     label_paddings: ArrayLike,
     *,
     blank_id: int = 0,
-    log_epsilon: float = -1e5,
+    log_epsilon: Option = -1e5,
     **reduction: Unpack[Reduction],
 ) -> WeightedMean:
     """Computes the connectionist temporal classification loss of sequences.
@@ -101,7 +102,7 @@ def ctc_loss(
         frame_count > 0,
         f"of shape {arrays['logits'].shape} has no frames: pad to at least one.",
     )
-    check_number("log_epsilon", log_epsilon, high=0)
+    check_number("log_epsilon", log_epsilon, high=0, strictly=True)
     check_count("blank_id", blank_id)
     check_value(
         "blank_id", blank_id < num_classes, f"is {blank_id}, of {num_classes} classes."
