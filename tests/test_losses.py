@@ -985,6 +985,15 @@ def test_what_a_users_loss_closes_over_stays_in_the_domain(domain, padding):
     np.testing.assert_allclose(forward, expected, rtol=1e-6)
 
 
+def test_where_nothing_counts_a_users_loss_sees_no_two_alike():
+    distance = wl.masked(
+        lambda x, y, s: jnp.linalg.norm(s * (x - y), axis=-1), event_ndim=1
+    )
+    x, nothing = jnp.full((3, 2), jnp.nan), jnp.zeros(3, bool)
+    gradient = jax.grad(lambda s: distance(x, x, s=s, where=nothing).compute())(1.0)
+    assert gradient == 0
+
+
 def test_further_arrays_of_a_users_loss_may_lack_event_axes():
     def gathered(x, label, factor):
         return jnp.take_along_axis(x, label[:, None], 1)[:, 0] * factor.sum(-1)

@@ -57,7 +57,7 @@ FAULTS = [
         "1 / (2 + i) if jnp",
         "1 / 2 if jnp",
         GRID,
-        "as_if_padding_were_not_there and error",
+        "sees_no_two_alike",
     ),
     Fault(
         "masked leaves its user's domain",
