@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from wloss_jax._checks import check_array, check_type, describe
+from wloss_jax._sums import count_by_segment, is_below, sum_by_segment
 from wloss_jax.masks import expand_leading, valid_mask
 
 
@@ -78,26 +79,19 @@ class WhatCounts:
         if self.segment_ids is None or self.num_segments is None:
             total: jax.Array = x.sum()
             return total
-        ids = self.segment_ids
-        x = x.sum(axis=tuple(range(ids.ndim, x.ndim)))
-        # XLA (jax 0.10, 0.12) pads rows that it shares out among more devices with what
-        # it finds, and may add that to the first sum: so one more is made, and dropped.
-        sums: jax.Array = jax.ops.segment_sum(
-            x.ravel(), ids.ravel() + 1, self.num_segments + 1
-        )
-        return sums[1:]
+        return sum_by_segment(x, self.segment_ids, self.num_segments)
 
     def _count(self, dtype: Any) -> jax.Array:
         """Counts the elements that count, each once."""
         if self.mask is None:
-            return jnp.asarray(math.prod(self.shape), dtype)
-        if self.segment_ids is not None:
-            count = self._sum(self.mask.astype(jnp.int32))
-        elif self.lengths is not None:
-            count = _count_lengths(self.lengths, self.shape)
-        else:
-            count = _count_mask(self.mask)
-        return count.astype(dtype)
+            return _count_all(self.shape, dtype)
+        if self.segment_ids is not None and self.num_segments is not None:
+            return count_by_segment(
+                self.mask, self.segment_ids, self.num_segments, dtype
+            )
+        if self.lengths is not None:
+            return _count_lengths(self.lengths, self.shape, dtype)
+        return _count_mask(self.mask, dtype)
 
 
 def what_counts(
@@ -139,7 +133,7 @@ def what_counts(
         expanded,
         check_array("lengths", lengths, int) if alone else None,
         None if segment_ids is None else check_array("segment_ids", segment_ids, int),
-        num_segments,
+        None if num_segments is None else int(num_segments),
     )
 
 
@@ -157,15 +151,8 @@ def check_weights(weights: ArrayLike, name: str = "weights") -> jax.Array:
     return jax.lax.stop_gradient(array)
 
 
-def _count_lengths(lengths: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Counts what `wloss_jax.length_mask` marks, without looking at a mask."""
-    size, *rest = shape[lengths.ndim :]
-    counts = jnp.clip(lengths, 0, size).astype(jnp.int32)
-    return counts.sum() * math.prod(rest)
-
-
-def _count_mask(mask: jax.Array) -> jax.Array:
-    """Counts exactly, in the form that each backend is fast at.
+def _count_mask(mask: jax.Array, dtype: Any) -> jax.Array:
+    """Counts the True, in the form that each backend is fast at.
 
     A plain sum of integers, which is exact too, costs on CPU a third of the two-head
     loss with its gradient (XLA writes out an integer for each element, unless few are
@@ -173,17 +160,60 @@ def _count_mask(mask: jax.Array) -> jax.Array:
     floating numbers takes 30.
     """
     *rows, size = mask.shape or (1,)
-    few = math.gcd(size, 16)
+    few = math.gcd(size, 16) if is_below(size, 2**62) else 1
 
     def few_at_a_time(mask: jax.Array) -> jax.Array:
         groups = mask.reshape(*rows, few, size // few)
-        return groups.sum(-2, dtype=jnp.uint8).astype(jnp.int32).sum()
+        counts = groups.sum(-2, dtype=jnp.uint8).astype(jnp.int32)
+        return _add_counts(counts, few, dtype)
 
     def row_by_row(mask: jax.Array) -> jax.Array:
-        exact = jnp.float32 if size <= 2**24 else jnp.int32
-        return mask.reshape(*rows, size).sum(-1, dtype=exact).astype(jnp.int32).sum()
+        if not is_below(size, 2**31):
+            return mask.sum(dtype=dtype)
+        exact = jnp.float32 if is_below(size, 2**24 + 1) else jnp.int32
+        counts = mask.reshape(*rows, size).sum(-1, dtype=exact).astype(jnp.int32)
+        return _add_counts(counts, size, dtype)
 
     count: jax.Array = jax.lax.platform_dependent(
         mask, cpu=few_at_a_time, default=row_by_row
     )
     return count
+
+
+def _count_lengths(lengths: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Counts what `wloss_jax.length_mask` marks, without looking at a mask."""
+    size, *rest = shape[lengths.ndim :]
+    counts = jnp.clip(lengths, 0, size).astype(jnp.int32)
+    return _add_counts(counts, size, dtype, times=math.prod(rest))
+
+
+def _count_all(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Counts the elements of an array of a ``shape``."""
+    return _in_float(math.prod(shape), dtype)
+
+
+def _in_float(size: Any, dtype: Any) -> jax.Array:
+    # As a Python integer it would have to fit into an int32.
+    return jnp.asarray(float(size) if isinstance(size, int) else size, dtype)
+
+
+def _add_counts(
+    counts: jax.Array, most: Any, dtype: Any, *, times: Any = 1
+) -> jax.Array:
+    """Adds up int32 ``counts``, each ``most`` at most, and takes that some ``times``.
+
+    Where the sum may not fit into an int32, only rows that do are added up as integers.
+    A floating number has all digits of a count up to 2**24, and is right to rounding
+    beyond.
+    """
+    total: jax.Array
+    if is_below(counts.size * most * times, 2**31):
+        total = counts.sum() * times
+        return total.astype(dtype)
+    fitting = [
+        axis
+        for axis in range(counts.ndim)
+        if is_below(math.prod(counts.shape[axis:]) * most, 2**31)
+    ]
+    total = counts.sum(fitting).astype(dtype).sum() * _in_float(times, dtype)
+    return total

@@ -174,3 +174,23 @@ def unsharded_rows(array: jax.Array) -> jax.Array:
         array, jax.sharding.NamedSharding(sharding.mesh, spec)
     )
     return whole
+
+
+def left_to_compiler(
+    function: Callable[..., jax.Array], *arrays: jax.Array
+) -> jax.Array:
+    """Calls ``function(*arrays)``, with shardings that are the compiler's to choose.
+
+    On a mesh of explicit axes some operations, such as a scatter, would have to be told
+    the sharding of what they return. The result, which should be small, is on every
+    device.
+    """
+    for array in arrays:
+        mesh = jax.typeof(array).sharding.mesh
+        if mesh.explicit_axes:
+            replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+            function = jax.sharding.auto_axes(
+                function, axes=mesh.explicit_axes, out_sharding=replicated
+            )
+            break
+    return function(*arrays)
