@@ -190,13 +190,17 @@ def is_count(value: object, at_least: int = 0) -> bool:
     return is_integer(value) and at_least <= cast(int, value) < 2**31
 
 
-def check_count(name: str, value: object, at_least: int = 0) -> None:
-    """Checks a size: a Python integer, for shapes are static."""
+def check_count(name: str, value: object, at_least: int = 0) -> int:
+    """Checks a size: an integer, for shapes are static.
+
+    It comes back as one of Python's: to an int8 of NumPy's, 127 and 1 are -128.
+    """
     check_value(
         name,
         is_count(value, at_least),
         f"must be a Python integer of at least {at_least}, below 2**31; got {value!r}.",
     )
+    return int(cast(int, value))
 
 
 def check_keywords(signature: inspect.Signature, keywords: Mapping[str, Any]) -> None:
@@ -299,9 +303,10 @@ def check_flag(name: str, value: object) -> None:
     )
 
 
-def check_label(name: str, value: object) -> None:
+def check_label(name: str, value: object) -> int:
     """Checks a label that stands for something: a Python integer."""
     check_type(name, is_integer(value), f"must be a Python integer; got {value!r}.")
+    return int(cast(int, value))
 
 
 def check_axis(name: str, value: object) -> None:

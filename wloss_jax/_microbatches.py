@@ -90,7 +90,7 @@ def accumulate(
     axes = () if axis_name is None else axis_names(axis_name)
     check_mapped("axis_name", axes)
     loss = _Loss(evaluate, combine, check_parameters("argnums", params), axes)
-    cut = None if num_microbatches == 1 else cut_batch(batch, num_microbatches)
+    cut = None if num_microbatches == 1 else cut_batch(batch, int(num_microbatches))
     if cut is None or cut.count == 1:
         return loss.of_whole(state, batch)
     return loss.of_microbatches(state, batch, cut)

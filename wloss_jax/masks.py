@@ -64,7 +64,7 @@ def length_mask(lengths: ArrayLike, size: int) -> jax.Array:
        [ True  True  True]]
     """
     lengths = check_array("lengths", lengths, int)
-    check_count("size", size)
+    size = check_count("size", size)
     # Counted from 1, in a table: of one from 0 XLA makes an iota, the 64-bit index of
     # which halves the speed of a loop that it stands in on CPU.
     arange = np.arange if size <= _LARGEST_TABLE else jnp.arange
@@ -169,7 +169,7 @@ def valid_mask(
         f"{num_segments} and {'no' if segment_ids is None else 'some'} segment_ids.",
     )
     if segment_ids is not None and num_segments is not None:
-        check_count("num_segments", num_segments)
+        num_segments = check_count("num_segments", num_segments)
         segment_ids = check_array("segment_ids", segment_ids, int)
         ids = expand_leading("segment_ids", segment_ids, shape)
         masks.append((ids >= 0) & (ids < num_segments))
@@ -299,5 +299,5 @@ def is_label(labels: jax.Array, label: int) -> jax.Array:
     """
     info = jnp.iinfo(labels.dtype)
     if info.min <= label <= info.max:
-        return labels == label
+        return labels == jnp.asarray(np.asarray(label, labels.dtype))
     return jnp.zeros_like(labels, bool)

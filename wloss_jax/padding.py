@@ -149,6 +149,8 @@ def bucket_sizes(
     )
     smallest = array.min()
     check_value("lengths", smallest >= 0, f"must not be negative; got {smallest}.")
+    largest = int(array.max())
+    check_value("lengths", largest + multiple < 2**63, f"is too large: {largest}.")
     multiples = np.maximum(-(-array.astype(np.int64) // multiple), 1)
     sizes, counts = np.unique(multiples * multiple, return_counts=True)
     return _cheapest_sizes(sizes.tolist(), counts.tolist(), min(count, len(sizes)))

@@ -149,7 +149,7 @@ def linear_softmax_cross_entropy(
         label_smoothing,
         z_loss,
         softcap,
-        chunk_size,
+        None if chunk_size is None else int(chunk_size),
         vocab_axis_name,
         cast(Any, jax.config).jax_default_matmul_precision,
     )

@@ -53,7 +53,7 @@ def counted_labels(
     labels: jax.Array, ignore_index: int, where: ArrayLike | None
 ) -> jax.Array:
     """Folds ``ignore_index`` into ``where``."""
-    check_label("ignore_index", ignore_index)
+    ignore_index = check_label("ignore_index", ignore_index)
     counts = ~is_label(labels, ignore_index)
     if where is None:
         return counts

@@ -78,7 +78,7 @@ def masked(
       WeightedMean(mean=0.5, weight=2.0)
     """
     check_function("loss_fn", loss_fn)
-    check_count("event_ndim", event_ndim)
+    event_ndim = check_count("event_ndim", event_ndim)
     return guarded(loss_fn, event_ndim, fills_masked=True, marks_nan=True)
 
 

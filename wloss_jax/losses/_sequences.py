@@ -103,7 +103,7 @@ def ctc_loss(
         f"of shape {arrays['logits'].shape} has no frames: pad to at least one.",
     )
     check_number("log_epsilon", log_epsilon, high=0, strictly=True)
-    check_count("blank_id", blank_id)
+    blank_id = check_count("blank_id", blank_id)
     check_value(
         "blank_id", blank_id < num_classes, f"is {blank_id}, of {num_classes} classes."
     )

@@ -75,7 +75,7 @@ def assert_valid_batch(
             "A length counts the elements of a sample, 0 for an empty one.",
         )
         if size is not None:
-            check_count("size", size)
+            size = check_count("size", size)
             _check_values(
                 "lengths",
                 lengths,
@@ -87,10 +87,10 @@ def assert_valid_batch(
         labels = check_array("labels", labels, int)
         bad = labels < 0
         if num_classes is not None:
-            check_count("num_classes", num_classes)
+            num_classes = check_count("num_classes", num_classes)
             bad |= labels >= num_classes
         if ignore_index is not None:
-            check_label("ignore_index", ignore_index)
+            ignore_index = check_label("ignore_index", ignore_index)
             bad &= ~is_label(labels, ignore_index)
         number = "no negative" if num_classes is None else num_classes
         _check_values(
