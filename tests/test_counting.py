@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import wloss_jax as wl
@@ -243,8 +244,6 @@ def test_sizes_and_numbers(dtype):
 
 @pytest.mark.parametrize("dtype", NARROW)
 def test_microbatches_and_steps(dtype):
-    import optax
-
     high = min(ends(dtype)[1], 255)
 
     def loss(w, x):
@@ -291,3 +290,72 @@ def test_pad_ragged(dtype):
         assert (padded.dtype, padded.shape) == (dtype, (2, high))
         assert lengths.tolist() == [3, high]
         assert padded[0, 3:].min() == high
+
+
+# ---------------------------------------------------------------- the largest weights
+
+LARGEST = 2.0**126  # past this sum, 1 / W is none of the numbers that devices keep
+VALUES = jnp.array([0.5, 1.0, 2.0, 4.0])
+
+
+def mean_of_parts(values, weights, way):
+    """The mean of all, whole or put together of two parts or segments."""
+    if way == "whole":
+        m = wl.weighted_mean(values, weights=weights)
+    elif way == "rows":
+        rows = values.reshape(2, 2), weights.reshape(2, 2)
+        m = jax.vmap(lambda v, w: wl.weighted_mean(v, weights=w))(*rows).merge()
+    elif way == "reweighted":
+        rows = values.reshape(2, 2), weights.reshape(2, 2)
+        m = jax.vmap(lambda v, w: wl.weighted_mean(v, weights=w))(*rows)
+        m = m.reweight(wl.size_power(1.0)).merge()
+    else:
+        ids = jnp.array([0, 1, 1, 0])
+        m = wl.weighted_mean(values, weights=weights, segment_ids=ids, num_segments=2)
+        m = m.merge()
+    return m
+
+
+@pytest.mark.parametrize("way", ["whole", "rows", "reweighted", "segments"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_largest_weights(dtype, way):
+    """The gradient up to `LARGEST`; the value while the sums are finite."""
+    weights = jnp.array([0.25, 0.25, 0.25, 0.25], dtype) * LARGEST
+
+    def loss(values):
+        return mean_of_parts(values, weights, way).compute()
+
+    value, gradient = jax.value_and_grad(loss)(VALUES)
+    np.testing.assert_allclose(value, 1.875, rtol=1e-6)
+    np.testing.assert_allclose(gradient, 0.25, rtol=1e-6)
+    m, gradient = wl.value_and_grad(
+        lambda values: mean_of_parts(values, weights, way), batch_argnums=()
+    )(VALUES)
+    np.testing.assert_allclose(gradient, 0.25, rtol=1e-6)
+
+    largest = weights * 3.9  # a sum of 3.3e38, where float32 ends at 3.4e38
+    m = mean_of_parts(VALUES / 4, largest, way)
+    np.testing.assert_allclose(m.weight, 3.9 * LARGEST, rtol=0.01)
+    np.testing.assert_allclose(m.compute(), 1.875 / 4, rtol=0.01)
+    running = wl.RunningMean.zeros().update(m)
+    np.testing.assert_allclose(running.compute(), m.compute(), rtol=1e-6)
+
+
+def test_weights_past_the_largest_are_an_error_of_the_batch():
+    quarter = jnp.full(4, LARGEST / 4, jnp.float32)
+    wl.testing.assert_valid_batch(weights=quarter)
+    wl.testing.assert_valid_batch(
+        weights=jnp.append(quarter, LARGEST)[None], lengths=jnp.array([4])
+    )
+    with pytest.raises(ValueError, match=r"^`weights` past 2\*\*126 in sum at \[4\]"):
+        wl.testing.assert_valid_batch(weights=jnp.append(quarter, LARGEST / 4))
+
+
+def test_multi_steps_of_the_largest_weights():
+    optimizer = wl.multi_steps(optax.sgd(1.0), every_k=2)
+    state = optimizer.init(jnp.zeros(()))
+    for gradient in (1.0, 0.5):
+        updates, state = optimizer.update(
+            jnp.float32(gradient), state, jnp.zeros(()), weight=1.9 * LARGEST
+        )
+    np.testing.assert_allclose(updates, -0.75, rtol=1e-6)

@@ -82,8 +82,9 @@ def multi_steps(
     - A loss of several terms has several weights, and one will not do; one that is made
       by ``combine`` has none. Accumulate such losses with the microbatches of
       `wloss_jax.value_and_grad`.
-    - The sums are float32 or wider. ``optimizer`` sees their quotient in the dtype of
-      ``params``, as with optax, and as it is if called without ``params``.
+    - The sums are float32 or wider, of weights times gradients too, which end at 3.4e38
+      there. ``optimizer`` sees their quotient in the dtype of ``params``, as with
+      optax, and as it is if called without ``params``.
     - It also sees ``weight``, the sum over the calls, so that one `multi_steps` wraps
       another, and the other extra arguments of the k-th call.
     - In `optax.chain` and others, keep hold of the transform for its ``flush``, which

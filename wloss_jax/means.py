@@ -330,7 +330,9 @@ def weighted_mean(
       lengths: integer, of the shape of the axes before the one that it bounds: ``[B]``
         for ``[B, L]``, ``[]`` for ``[L]``. Positions from a length on do not count.
       weights: numbers, lined up with the leading axes of ``values``, not negative; how
-        much an element counts. 1 by default. No gradient flows through it.
+        much an element counts. 1 by default. No gradient flows through it. Only their
+        ratios matter; past a sum of 2**126, 8.5e37, the mean is still right, but
+        devices take ``1 / weight`` for 0 in float32, and the gradient with it.
       segment_ids: integer, lined up with the leading axes of ``values``: which of the
         packed samples an element belongs to. Ids outside ``[0, num_segments)`` are
         padding.

@@ -31,6 +31,7 @@ def assert_valid_batch(
     """Asserts that the values of a batch are in range.
 
     ``0 <= lengths <= size``, ``0 <= labels < num_classes``, ``0 <= weights < infinity``
+    and their sum at most ``2**126``
 
     The losses check shapes and dtypes, which are known when they are traced; values are
     not. This looks at them: eagerly, or in a jitted function under `chex.chexify`. With
@@ -110,14 +111,23 @@ def assert_valid_batch(
             "negative, infinite or NaN",
             "Elements that do not count are said by `where`.",
         )
+        sums = jnp.cumsum(_counted(weights, lengths).astype(jnp.float32))
+        _check_values(
+            "weights",
+            weights,
+            sums.reshape(weights.shape) > 2.0**126,
+            "past 2**126 in sum",
+            "Devices take 1 / sum for 0 then, and gradients with it: scale the weights "
+            "by any constant, which leaves the mean as it is.",
+        )
 
 
-def _counted(bad: jax.Array, lengths: ArrayLike | None) -> jax.Array:
-    """Leaves out what stands past the lengths, where these bound an axis."""
-    if lengths is None or bad.ndim <= jnp.ndim(lengths):
-        return bad
-    mask = valid_mask(bad.shape, lengths=lengths)
-    return bad if mask is None else bad & mask
+def _counted(array: jax.Array, lengths: ArrayLike | None) -> jax.Array:
+    """Puts 0 or False past the lengths, where these bound an axis."""
+    if lengths is None or array.ndim <= jnp.ndim(lengths):
+        return array
+    mask = valid_mask(array.shape, lengths=lengths)
+    return array if mask is None else jnp.where(mask, array, jnp.zeros_like(array))
 
 
 def _check_values(
