@@ -55,7 +55,7 @@ def quick_cases():
     for row in command.ROWS:
         cases = importlib.import_module(f"tests.benchmarks.{row}").cases(quick=True)
         for name, make in cases.items():
-            if row not in ("compiles", "import_time"):
+            if row not in ("compiles", "import_time") and "memory" not in name:
                 yield pytest.param(make, id=f"{row}: {name}")
 
 
