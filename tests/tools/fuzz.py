@@ -6,7 +6,8 @@
 A *program* is all that is static: a loss with its options, dtypes, shapes, keywords,
 and the transformations around it. Compiling takes the time, so cases 8 n to 8 n + 7
 share a program, and draw data for it: contents, raggedness, weights over 30 orders of
-magnitude, and poison wherever nothing counts.
+magnitude, and poison wherever nothing counts. With each program comes a row of long
+segments, by `tests.tools.fuzz_sums`.
 
 Whatever the reduction, the result is linear in the losses of the elements that count:
 ``value = sum_i a_i loss_i``. So the oracle is a list of these elements, their losses
@@ -37,6 +38,7 @@ from jax.sharding import PartitionSpec as P
 
 import wloss_jax as wl
 from tests.oracle import grid, reference
+from tests.tools import fuzz_sums
 
 CASES_PER_PROGRAM = 8
 SHAPES = ((4, 4), (4,), (4, 3, 2))  # of the losses; the first axis is the batch
@@ -207,7 +209,7 @@ def draw_program(rng, losses=LOSSES):
         "first": dtype,
         "others": pick(rng, (dtype, "float32")),
         "labels": pick(rng, ("int32", "int8", "int64" if x64 else "int16")),
-        "indices": pick(rng, ("int32", "int8", "uint8")),
+        "indices": pick(rng, fuzz_sums.DTYPES),
         "weights": pick(
             rng, ("float32", "bfloat16", "float16", "float64" if x64 else "float32")
         ),
@@ -476,6 +478,9 @@ def draw_data(program, rng):
         dtype = program.dtypes["weights"]
         weights = draw_weights(rng, shape_of_weights, dtype, dtype == "float16")
         keywords["weights"] = poisoned(rng, weights, ~counts)
+        # An element of weight 0 is not there, whatever it holds.
+        valid &= expanded(weights != 0, shape)
+        counts &= valid
     wrong = None
     # The derivative of plain values does not depend on what they hold.
     may_be_wrong = program.outer != "hvp" and loss.name != "weighted_mean"
@@ -521,6 +526,9 @@ def draw_masks(program, rng):
         # Past the end all count, and below 0 none.
         low, high = (0, 1) if nothing else (-2 * (indices.kind == "i"), size + 3)
         lengths = rng.integers(low, high, shape[:rank]).astype(indices)
+        if not nothing and rng.random() < 0.2:
+            info = np.iinfo(indices)
+            lengths.flat[0] = pick(rng, (info.min, info.max))
         keywords["lengths"] = lengths
         for index in np.ndindex(shape):
             valid[index] &= index[rank] < lengths[index[:rank]]
@@ -829,6 +837,8 @@ def run_case(seed, number):
             found = mistakes(program, data, call(program, step, data))
         except Exception:
             found = [traceback.format_exc(limit=-4)]
+    if number % CASES_PER_PROGRAM == 0:
+        found += fuzz_sums.mistakes(np.random.default_rng([seed, number, 2]))
     return found, program, data
 
 
