@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import wloss_jax as wl
 from wloss_jax._sums import (
@@ -221,6 +223,44 @@ def test_a_row_at_a_time_is_all_rows_at_once():
     shared = jax.vmap(lambda v: sum_by_segment(v, jnp.asarray(ids[0]), 3))(values)
     for row, v in zip(shared, values, strict=True):
         np.testing.assert_array_equal(row, exact_sums(v, ids[0], 3))
+
+
+# ------------------------------------------------------------------------- meshes
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("spec", [P("a"), P(None, "a"), P("a", "b"), P(("a", "b"))])
+@pytest.mark.parametrize("shared", ["ids", "values", "nothing"])
+def test_data_over_devices(axis_type, spec, shared):
+    """The data stay where they are: a sum and no array goes over the wire."""
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(axis_type,) * 2)
+    rng = np.random.default_rng(0)
+    shape, num_segments = (8, 64), 3
+    values = rng.integers(0, 100, shape).astype(np.float32)
+    ids = rng.integers(-1, num_segments + 1, shape, np.int32)
+    slopes = np.array([1.0, 2.0, 4.0], np.float32)
+    place = NamedSharding(mesh, spec)
+    placed = (
+        values if shared == "values" else jax.device_put(values, place),
+        ids if shared == "ids" else jax.device_put(ids, place),
+    )
+
+    @jax.jit
+    def step(values, ids):
+        def total(values):
+            sums = sum_by_segment(values, ids, num_segments)
+            return (sums * slopes).sum(), sums
+
+        return jax.value_and_grad(total, has_aux=True)(values)
+
+    (_, sums), gradient = step(*placed)
+    belongs = (ids >= 0) & (ids < num_segments)
+    np.testing.assert_array_equal(sums, exact_sums(values, ids, num_segments))
+    np.testing.assert_array_equal(
+        gradient, np.where(belongs, slopes[np.clip(ids, 0, 2)], 0)
+    )
+    if shared == "nothing":
+        assert "all-gather" not in step.lower(*placed).compile().as_text()
 
 
 # ------------------------------------------------------------------------- memory
