@@ -20,7 +20,12 @@ from wloss_jax import testing
 from wloss_jax._multi_steps import multi_steps
 from wloss_jax.gradients import value_and_grad
 from wloss_jax.heads import select_head
-from wloss_jax.linear import linear_softmax_cross_entropy
+from wloss_jax.linear import (
+    linear_log_probs,
+    linear_masked,
+    linear_softmax_cross_entropy,
+    linear_softmax_cross_entropy_with_probabilities,
+)
 from wloss_jax.losses import (
     absolute_error,
     cosine_distance,
@@ -85,6 +90,7 @@ __all__ = [
     # losses: any of your own, and the named ones
     "masked",
     "per_sample",
+    "linear_masked",
     "absolute_error",
     "cosine_distance",
     "ctc_loss",
@@ -96,6 +102,7 @@ __all__ = [
     "kl_divergence_with_log_targets",
     "l2_loss",
     "linear_softmax_cross_entropy",
+    "linear_softmax_cross_entropy_with_probabilities",
     "log_cosh",
     "multiclass_hinge_loss",
     "multiclass_perceptron_loss",
@@ -112,6 +119,8 @@ __all__ = [
     "sparsemax_loss",
     "squared_error",
     "triplet_margin_loss",
+    # one number a token, for policy gradients
+    "linear_log_probs",
     # the Flax room, and the laws as assertions on your own losses
     "nnx",
     "testing",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, cast
 
 import jax
@@ -12,13 +12,12 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from wloss_jax._devices import vary
-from wloss_jax.linear._logits import Options
+from wloss_jax.linear._logits import Arrays, Task
 from wloss_jax.linear._primitives import Device, varying
-
-Arrays = Sequence[Any]
 
 
 def chunk_size_of(device: Device, tokens: int, features: int) -> int:
+    """The tokens of a chunk, where the caller leaves them to us."""
     if device.platform == "cpu":
         chunk = 512
     elif device.platform == "tpu":
@@ -33,16 +32,17 @@ def sweep(
     tokens: Arrays,
     mask: jax.Array,
     kernel_size: int,
-    options: Options,
+    task: Task,
     device: Device,
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """Calls ``step`` for the tokens that count, a chunk of them at a time.
 
-    ``step(*tokens)`` returns arrays of a value for each token, which come back in the
-    places of their tokens, 0 where none counts, and arrays to be added up. The last
-    chunk is half a one where that is enough (for 35% of 8192 tokens whole chunks alone
-    took 1.2 times as long on an H100). What is missing in it is filled with tokens of
-    zeros: their values are dropped, and they must add nothing.
+    ``step(valid, *tokens)`` returns arrays of a value for each token, which come back
+    in the places of their tokens, 0 where none counts, and arrays to be added up. The
+    last chunk is half a one where that is enough (for 35% of 8192 tokens whole chunks
+    alone took 1.2 times as long on an H100). What is missing in it repeats a token that
+    counts, for zeros may be outside of the domain of a loss: ``valid`` is False there,
+    the values are dropped, and the step must add nothing to the sums.
     """
     # Tokens in as many blocks as there are devices that they might be spread over, each
     # gone through by itself: then no device needs a token, or a sum, of another's.
@@ -50,30 +50,42 @@ def sweep(
     outer = (num_blocks,) if num_blocks > 1 else ()
     block = mask.size // num_blocks
     each_block = jax.vmap if outer else lambda function, in_axes=0: function
-    chunk = options.chunk_size or chunk_size_of(device, block, kernel_size)
+    chunk = task.chunk_size or chunk_size_of(device, block, kernel_size)
     chunk = max(1, min(chunk, block))
 
-    def valid_first(mask: jax.Array) -> jax.Array:
+    def valid_first(mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Where to read each token, and where to write its values."""
         order = jnp.argsort(~mask, stable=True)
-        order = jnp.where(jnp.arange(block) < mask.sum(), order, block)
-        return jnp.pad(order, (0, chunk), constant_values=block)
+        valid = jnp.arange(block) < mask.sum()
+        # Where none counts, a filler is read behind the last token, as zeros.
+        filler = jnp.where(mask.any(), jnp.append(order, block)[0], block)
+        padding = (0, chunk)
+        return (
+            jnp.concatenate([jnp.where(valid, order, filler), filler.repeat(chunk)]),
+            jnp.pad(jnp.where(valid, order, block), padding, constant_values=block),
+        )
 
     mask_blocks = mask.reshape(*outer, block)
     token_blocks = [t.reshape(*outer, block, *t.shape[mask.ndim :]) for t in tokens]
     orders = each_block(valid_first)(mask_blocks)
     num_valid = mask_blocks.sum(axis=-1, dtype=jnp.int32).max()
-    if options.vocab_axis_name is not None:
-        num_valid = jax.lax.pmax(num_valid, options.vocab_axis_name)
+    if task.vocab_axis_name is not None:
+        num_valid = jax.lax.pmax(num_valid, task.vocab_axis_name)
 
     def advance(
-        size: int, start: jax.Array, order: jax.Array, tokens: Arrays, so_far: Any
+        size: int, start: jax.Array, orders: Arrays, tokens: Arrays, so_far: Any
     ) -> Any:
-        index = jax.lax.dynamic_slice_in_dim(order, start, size)
-        taken = [t.at[index].get(mode="fill", fill_value=0) for t in tokens]
-        values, sums = step(*taken)
+        read, write = (
+            jax.lax.dynamic_slice_in_dim(order, start, size) for order in orders
+        )
+        valid = write < block
+        taken = [t.at[read].get(mode="fill", fill_value=0) for t in tokens]
+        values, sums = step(valid, *taken)
+        if outer:  # a block without a token may go round for the sake of others
+            sums = [jnp.where(valid.any(), new, 0) for new in sums]
         return (
             [
-                old.at[index].set(new, mode="drop", unique_indices=True)
+                old.at[write].set(new, mode="drop", unique_indices=True)
                 for old, new in zip(so_far[0], values, strict=True)
             ],
             [old + new for old, new in zip(so_far[1], sums, strict=True)],
@@ -91,8 +103,12 @@ def sweep(
 
     # A chunk of which only the type is looked at; there may be no token to take.
     first = [t.reshape(-1, *t.shape[mask.ndim :])[:1] for t in tokens]
-    first = [jnp.broadcast_to(t.sum(axis=0), (chunk, *t.shape[1:])) for t in first]
-    jaxpr, shapes = jax.make_jaxpr(step, return_shape=True)(*first)
+    first = [
+        jnp.broadcast_to(t.sum(axis=0).astype(t.dtype), (chunk, *t.shape[1:]))
+        for t in first
+    ]
+    all_valid = jnp.ones(chunk, bool)
+    jaxpr, shapes = jax.make_jaxpr(step, return_shape=True)(all_valid, *first)
     values, sums = jax.tree.unflatten(jax.tree.structure(shapes), jaxpr.out_avals)
     zeros = (
         [_zeros(v, *outer, block, *v.shape[1:]) for v in values],

@@ -1,43 +1,36 @@
-"""`linear_softmax_cross_entropy`."""
+"""`linear_softmax_cross_entropy`, of integer labels."""
 
 from __future__ import annotations
 
-import sys
-from typing import Any, cast
+from typing import Literal, overload
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from wloss_jax._checks import (
-    check_array,
-    check_count,
-    check_number,
-    check_rank,
-    check_shape,
-    check_type,
-    check_value,
+from wloss_jax._checks import check_array, check_flag, check_shape
+from wloss_jax._devices import jit_compiled
+from wloss_jax.linear._arguments import (
+    Named,
+    Problem,
+    check_class_mask,
+    check_data,
+    check_static,
+    in_auto,
+    mean_of,
+    reduced,
+    scalars,
+    split_options,
+    what_counts,
 )
-from wloss_jax._devices import check_mapped, jit_compiled
-from wloss_jax.linear import _derivatives, _vmap  # noqa: F401  the primitives' rules
-from wloss_jax.linear._chunks import Arrays
-from wloss_jax.linear._logits import Options
-from wloss_jax.linear._programs import largest_weight, losses_p, total_p
+from wloss_jax.linear._logits import Place
+from wloss_jax.linear._softmax import CrossEntropy, row_of_label
 from wloss_jax.losses._labels import check_labels, counted_labels
-from wloss_jax.masks import expand_leading, valid_mask
-from wloss_jax.means import WeightedMean, weighted_mean
+from wloss_jax.masks import expand_leading
+from wloss_jax.means import WeightedMean
 
 
-@jit_compiled(
-    "num_segments",
-    "ignore_index",
-    "label_smoothing",
-    "z_loss",
-    "softcap",
-    "chunk_size",
-    "vocab_axis_name",
-)
+@overload
 def linear_softmax_cross_entropy(
     features: ArrayLike,
     kernel: ArrayLike,
@@ -50,17 +43,69 @@ def linear_softmax_cross_entropy(
     segment_ids: ArrayLike | None = None,
     num_segments: int | None = None,
     ignore_index: int | None = None,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
+    label_smoothing: ArrayLike = 0.0,
+    z_loss: ArrayLike = 0.0,
+    softcap: ArrayLike | None = None,
+    class_weights: ArrayLike | None = None,
+    class_mask: ArrayLike | None = None,
+    has_aux: Literal[False] = False,
     chunk_size: int | None = None,
     vocab_axis_name: str | None = None,
-) -> WeightedMean:
+) -> WeightedMean: ...
+
+
+@overload
+def linear_softmax_cross_entropy(
+    features: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike,
+    *,
+    bias: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    segment_ids: ArrayLike | None = None,
+    num_segments: int | None = None,
+    ignore_index: int | None = None,
+    label_smoothing: ArrayLike = 0.0,
+    z_loss: ArrayLike = 0.0,
+    softcap: ArrayLike | None = None,
+    class_weights: ArrayLike | None = None,
+    class_mask: ArrayLike | None = None,
+    has_aux: Literal[True],
+    chunk_size: int | None = None,
+    vocab_axis_name: str | None = None,
+) -> tuple[WeightedMean, dict[str, WeightedMean]]: ...
+
+
+def linear_softmax_cross_entropy(
+    features: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike,
+    *,
+    bias: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    segment_ids: ArrayLike | None = None,
+    num_segments: int | None = None,
+    ignore_index: int | None = None,
+    label_smoothing: ArrayLike = 0.0,
+    z_loss: ArrayLike = 0.0,
+    softcap: ArrayLike | None = None,
+    class_weights: ArrayLike | None = None,
+    class_mask: ArrayLike | None = None,
+    has_aux: bool = False,
+    chunk_size: int | None = None,
+    vocab_axis_name: str | None = None,
+) -> WeightedMean | tuple[WeightedMean, dict[str, WeightedMean]]:
     """Computes the cross-entropy of ``features @ kernel + bias``, without those logits.
 
     ``lse - (1 - s) * x_y - s * mean_v(x_v) + z_loss * lse**2`` with
     ``x = c * tanh((features @ kernel + bias) / c)``, ``lse = logsumexp_v(x)``,
-    ``s = label_smoothing`` and ``c = softcap`` (no ``tanh`` where that is None)
+    ``s = label_smoothing`` and ``c = softcap`` (no ``tanh`` where that is None). A
+    class that is out has no part in ``lse``, the mean or any gradient; as a label it
+    costs infinity.
 
     Tokens that do not count cost nothing: those that do are gathered to the front, and
     the loop ends behind the last of them, so that time follows the tokens that count
@@ -77,8 +122,9 @@ def linear_softmax_cross_entropy(
     **Devices.** Each device keeps to its own tokens and makes as many rounds as the one
     with most of them: under `jax.shard_map` and `jax.pmap`, and under plain `jax.jit`
     where the leading axis of the tokens is the one that is spread over devices. With
-    ``vocab_axis_name``, under `jax.shard_map`, ``kernel`` and ``bias`` are a device's
-    shard of the vocabulary and ``labels`` count through all of it; two small reductions
+    ``vocab_axis_name``, under `jax.shard_map`, ``kernel``, ``bias``, ``class_weights``
+    and ``class_mask`` are a device's shard of the vocabulary and ``labels`` count
+    through all of it; two small reductions
     of a chunk (maximum, sums) are all that passes between devices, and every device of
     the axis gets the whole loss. The gradient of a kernel's shard stays where it is;
     that of the features, which these devices share, is added up over them. With
@@ -89,8 +135,7 @@ def linear_softmax_cross_entropy(
       features: floating ``[..., D]``: bfloat16, float32, ....
       kernel: floating ``[D, V]``, of any dtype; cast to that of ``features``.
       labels: integer ``[...]``.
-      bias: floating ``[V]``; -infinity takes a class out, unless a ``softcap`` bounds
-        it.
+      bias: floating ``[V]``; -infinity takes a class out.
       where: bool; this and the next four are as in `weighted_mean`, for losses
         ``[...]``.
       lengths: integer.
@@ -98,9 +143,16 @@ def linear_softmax_cross_entropy(
       segment_ids: integer.
       num_segments: static; the result then has the shape ``[num_segments]``.
       ignore_index: a label that marks a token as masked, -100 say; None for none.
-      label_smoothing: the share of the label that is spread evenly over all classes.
+      label_smoothing: the share of the label that is spread evenly over all classes
+        that are in. This and the next two are Python numbers, which are checked and
+        compiled in, or scalar arrays, which may be traced and differentiated.
       z_loss: the factor of ``lse**2``, which keeps logits from drifting.
       softcap: bounds the logits softly, to ``-softcap .. softcap``.
+      class_weights: floating ``[V]``: a token's weight is that of its own class, times
+        ``weights``.
+      class_mask: bool ``[V]``, or ``[..., V]`` for each token: False takes a class out.
+      has_aux: whether to return what the sweep holds anyway, of the same tokens and
+        weights, as constants for gradients.
       chunk_size: tokens taken at a time on each device. None chooses, for ``n`` tokens
         on each device: 512 on CPU, ``D / 8`` on TPU, in steps of 256, but at
         least 512, ``2 D / 3`` on GPU, in steps of 1024, but at least 1024; at most
@@ -109,13 +161,17 @@ def linear_softmax_cross_entropy(
       vocab_axis_name: the mapped axis that the vocabulary is sharded over.
 
     Returns:
-      A scalar `WeightedMean`, or one of ``[num_segments]`` with ``segment_ids``.
+      A scalar `WeightedMean`, or one of ``[num_segments]`` with ``segment_ids``; with
+      ``has_aux`` that and a dictionary of more of them: ``"accuracy"`` (the label is
+      the first of the largest logits), ``"log_sum_exp"``, ``"z_loss"`` (its part of the
+      loss) and ``"entropy"``.
 
     Raises:
       AssertionError: a shape, a dtype or an option that does not fit; the message names
         the argument, what came, what was expected, and how to mend it.
-      NotImplementedError: a second derivative with ``vocab_axis_name``; without, all
-        derivatives exist, those after the first by a plain program of more memory.
+      NotImplementedError: a second derivative with ``vocab_axis_name``, or one by an
+        option; without, all derivatives exist, those after the first by a plain program
+        of more memory.
 
     Example:
       >>> import jax.numpy as jnp
@@ -133,118 +189,125 @@ def linear_softmax_cross_entropy(
       does not count: Wijmans et al., Cut Your Losses in Large-Vocabulary Language
       Models, 2024; the sharded vocabulary: Shoeybi et al., Megatron-LM, 2019.
     """
-    features, kernel, labels, bias = _check_data(features, kernel, labels, bias)
-    _check_options(label_smoothing, z_loss, softcap, chunk_size, vocab_axis_name)
-    shape = labels.shape
-    if ignore_index is not None:
-        where = counted_labels(labels, ignore_index, where)
-    mask = valid_mask(
-        shape,
-        where=where,
-        lengths=lengths,
-        segment_ids=segment_ids,
-        num_segments=num_segments,
+    check_flag("has_aux", has_aux)
+    fixed, traced = split_options(
+        label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap
     )
-    options = Options(
-        label_smoothing,
-        z_loss,
-        softcap,
-        None if chunk_size is None else int(chunk_size),
+    arrays = {
+        "features": features,
+        "kernel": kernel,
+        "labels": labels,
+        "bias": bias,
+        "where": where,
+        "lengths": lengths,
+        "weights": weights,
+        "segment_ids": segment_ids,
+        "class_weights": class_weights,
+        "class_mask": class_mask,
+        "traced": traced,
+    }
+    loss, aux = _compiled(
+        arrays,
+        num_segments,
+        ignore_index,
+        fixed,
+        bool(has_aux),
+        chunk_size,
         vocab_axis_name,
-        cast(Any, jax.config).jax_default_matmul_precision,
     )
-
-    def reduce(
-        primals: Arrays, weights: jax.Array | None, segment_ids: jax.Array | None
-    ) -> WeightedMean:
-        mask = primals[-1]
-        if segment_ids is not None:
-            losses, _ = losses_p.bind(*primals, options=options)
-            return weighted_mean(
-                losses,
-                where=mask,
-                weights=weights,
-                segment_ids=segment_ids,
-                num_segments=num_segments,
-            )
-        ones = jnp.ones(shape, jnp.promote_types(features.dtype, jnp.float32))
-        weight = weighted_mean(ones, where=mask, weights=weights).weight
-        if weights is not None:
-            weights = expand_leading("weights", weights, shape)
-            ones = jax.lax.stop_gradient(weights).astype(ones.dtype)
-        largest = largest_weight(features.dtype, ones, mask)
-        (total,) = total_p.bind(*primals, ones / largest, options=options)
-        return WeightedMean(total * largest, weight)
-
-    if mask is None:
-        mask = jnp.ones(shape, bool)
-    if weights is not None:
-        weights = check_array("weights", weights, float)
-    if segment_ids is not None:
-        segment_ids = check_array("segment_ids", segment_ids, int)
-    mesh = jax.typeof(features).sharding.mesh
-    if mesh.explicit_axes:
-        # What shardings the primitives have inside is the compiler's to choose.
-        reduce = jax.sharding.auto_axes(
-            reduce,
-            axes=mesh.explicit_axes,
-            out_sharding=NamedSharding(mesh, PartitionSpec()),
-        )
-    return reduce((features, kernel, bias, labels, mask), weights, segment_ids)
+    return (loss, aux) if has_aux else loss
 
 
-def _check_data(
-    features: ArrayLike, kernel: ArrayLike, labels: ArrayLike, bias: ArrayLike | None
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    features = check_array("features", features, float)
-    kernel = check_array("kernel", kernel, float)
-    check_kernel(features, kernel)
-    labels = check_labels(labels, features.shape[:-1])
-    if bias is None:
-        bias = jnp.zeros(kernel.shape[1:], jnp.float32)
-    bias = check_array("bias", bias, float)
-    check_shape(
-        "bias",
-        bias,
-        kernel.shape[1:],
-        f"has shape {bias.shape}: it must be (V,), {kernel.shape[1:]} for this "
-        "`kernel`.",
-    )
-    return features, kernel, labels, bias
-
-
-def check_kernel(features: jax.Array, kernel: jax.Array) -> None:
-    """Checks the shapes of a kernel and of the features that it is for."""
-    came = f"`features` has shape {features.shape} and `kernel` {kernel.shape}"
-    due = f"{came}: they must be (..., D) and (D, V)."
-    check_rank("kernel", kernel, [2], f"has shape {kernel.shape}. {due}")
-    has = f"has shape {features.shape}. {due}"
-    check_rank("features", features, range(1, 33), has)
-    check_value(
-        "kernel",
-        features.shape[-1] == kernel.shape[0],
-        f"does not fit. {due} Transpose a kernel of (V, D), an embedding table say.",
-    )
-    check_value("kernel", kernel.size > 0, f"is empty. {due} D and V are at least 1.")
-
-
-def _check_options(
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float | None,
+@jit_compiled(
+    "num_segments",
+    "ignore_index",
+    "fixed",
+    "has_aux",
+    "chunk_size",
+    "vocab_axis_name",
+)
+def _compiled(
+    arrays: Named,
+    num_segments: int | None,
+    ignore_index: int | None,
+    fixed: tuple[tuple[str, float], ...],
+    has_aux: bool,
     chunk_size: int | None,
     vocab_axis_name: str | None,
-) -> None:
-    check_number("label_smoothing", label_smoothing, 0, 1)
-    check_number("z_loss", z_loss)
-    if softcap is not None:
-        check_number("softcap", softcap, low=sys.float_info.min)
-    if chunk_size is not None:
-        check_count("chunk_size", chunk_size, at_least=1)
-    check_type(
-        "vocab_axis_name",
-        vocab_axis_name is None or isinstance(vocab_axis_name, str),
-        "must be the name of one mapped axis, or None for a vocabulary that is not "
-        f"sharded; got {vocab_axis_name!r}.",
+) -> tuple[WeightedMean, dict[str, WeightedMean]]:
+    check_static(chunk_size, vocab_axis_name)
+
+    def computed(given: Named) -> tuple[WeightedMean, dict[str, WeightedMean]]:
+        features, kernel, bias = check_data(
+            given["features"], given["kernel"], given["bias"]
+        )
+        labels = check_labels(given["labels"], features.shape[:-1])
+        where, weights, traced = given["where"], given["weights"], given["traced"]
+        if ignore_index is not None:
+            where = counted_labels(labels, ignore_index, where)
+        if given["class_weights"] is not None:
+            weights = _own_class_weights(
+                given["class_weights"], kernel, labels, weights, vocab_axis_name
+            )
+        of_mask, mask = check_class_mask(
+            given["class_mask"], labels.shape, kernel.shape[1]
+        )
+        counts = what_counts(
+            labels.shape,
+            weights,
+            given["segment_ids"],
+            num_segments,
+            where=where,
+            lengths=given["lengths"],
+        )
+        loss = CrossEntropy(fixed, tuple(traced), of_mask, has_aux)
+        problem = Problem(
+            loss,
+            features,
+            kernel,
+            bias,
+            [labels, *(mask if of_mask == "arrays" else [])],
+            [*scalars(traced, features), *(mask if of_mask == "shared" else [])],
+            chunk_size,
+            vocab_axis_name,
+        )
+        mean, (lse, *residuals) = mean_of(problem, counts)
+        if not has_aux:
+            return mean, {}
+        z_loss = jax.lax.stop_gradient(loss.option("z_loss", problem.shared) or 0.0)
+        correct, entropy = residuals[-2:]
+        aux = {
+            "accuracy": correct,
+            "log_sum_exp": lse,
+            "z_loss": z_loss * lse**2,
+            "entropy": entropy,
+        }
+        return mean, {name: reduced(values, counts) for name, values in aux.items()}
+
+    return in_auto(computed, arrays)
+
+
+def _own_class_weights(
+    class_weights: ArrayLike,
+    kernel: jax.Array,
+    labels: jax.Array,
+    weights: ArrayLike | None,
+    vocab_axis_name: str | None,
+) -> jax.Array:
+    """Folds the weight of each token's own class into ``weights``."""
+    class_weights = check_array("class_weights", class_weights, float)
+    check_shape(
+        "class_weights",
+        class_weights,
+        kernel.shape[1:],
+        f"has shape {class_weights.shape}: it must have one weight for each class, "
+        f"{kernel.shape[1:]}.",
     )
-    check_mapped("vocab_axis_name", vocab_axis_name or ())
+    # A product of two weights is as precise as the sum that it goes into.
+    dtype = jnp.result_type(class_weights, kernel, jnp.float32)
+    place = Place("any", vocab_axis_name)
+    own = row_of_label(class_weights.astype(dtype), labels, place)
+    if weights is None:
+        return own
+    weights = check_array("weights", weights, float)
+    return own * expand_leading("weights", weights, labels.shape)

@@ -7,11 +7,13 @@
      vmap
       v
     losses ---jvp--->  losses, tangents -transpose-> gradients        four
+
+Of the operands, features, kernel, bias, the arrays of the tokens and what they share
+may be differentiated; ``wrt`` says which are. The residuals are constants.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,10 +22,8 @@ import jax.numpy as jnp
 from jax.custom_derivatives import linear_call
 
 from wloss_jax._devices import vary
-from wloss_jax.linear._chunks import Arrays
-from wloss_jax.linear._logits import Options, add_shards, cross_entropy, logits_of
+from wloss_jax.linear._logits import Arrays, Place, Task, logits_of, named
 from wloss_jax.linear._primitives import (
-    Device,
     filled,
     is_zero,
     on_jvp,
@@ -35,93 +35,111 @@ from wloss_jax.linear._programs import (
     gradients_p,
     inner_p,
     losses_p,
-    place,
+    replaced,
     scaled_p,
+    selected,
     tangents_p,
     times,
     total_p,
     weighted,
 )
 
-# ---------------------------------------------------------------- the first derivatives
+
+def _total_jvp(primals: Arrays, tangents: Arrays, *, task: Task) -> Any:
+    wrt, changes = _differentiated(primals, tangents, task)
+    loss, *others = gradients_p.bind(*primals, wrt=wrt, with_values=True, task=task)
+    residuals = others[: task.loss.num_residuals]
+    gradients = others[task.loss.num_residuals :]
+    mask, weights = primals[3], primals[-1]
+    total = weighted(loss, mask, weights).sum()
+    positions = [i for i, wanted in enumerate(wrt) if wanted]
+    change = 0
+    for i, gradient, tangent in zip(positions, gradients, changes, strict=True):
+        if task.is_token(i):
+            # Tangents too may be NaN where nothing counts.
+            axes = tuple(range(mask.ndim, tangent.ndim))
+            tangent = jnp.where(jnp.expand_dims(mask, axes), tangent, 0)
+        change += inner_p.bind(gradient, tangent, task=task)[0]
+    unchanged = [zero_like(x) for x in residuals]
+    return [total, *residuals], [_add_changes(change, task), *unchanged]
 
 
-def _total_jvp(primals: Arrays, tangents: Arrays, *, options: Options) -> Any:
-    wrt, tangents = _differentiated(primals, tangents, options)
-    losses, *gradients = gradients_p.bind(*primals, wrt=wrt, options=options)
-    total = weighted(losses, *primals[4:]).sum()
-    if wrt[0]:
-        # Tangents too may be NaN where nothing counts.
-        valid = jnp.broadcast_to(primals[4][..., None], tangents[0].shape)
-        tangents[0] = jnp.where(valid, tangents[0], 0)
-    change = sum(
-        inner_p.bind(*pair, options=options)[0]
-        for pair in zip(gradients, tangents, strict=True)
-    )
-    return [total], [_add_changes(change, options)]
-
-
-def _losses_jvp(primals: Arrays, tangents: Arrays, *, options: Options) -> Any:
-    wrt, tangents = _differentiated(primals, tangents, options)
-    losses, lse = losses_p.bind(*primals, options=options)
-    (change,) = tangents_p.bind(*primals, lse, *tangents, wrt=wrt, options=options)
-    return [losses, lse], [_add_changes(change, options), zero_like(lse)]
+def _losses_jvp(primals: Arrays, tangents: Arrays, *, task: Task) -> Any:
+    wrt, changes = _differentiated(primals, tangents, task)
+    values = losses_p.bind(*primals, task=task)
+    residuals = values[task.loss.num_outputs :]
+    changes = tangents_p.bind(*primals, *residuals, *changes, wrt=wrt, task=task)
+    return values, [*changes, *(zero_like(x) for x in residuals)]
 
 
 def _tangents_transpose(
-    cotangents: Arrays, *arrays: Any, wrt: tuple[bool, ...], options: Options
+    cotangents: Arrays, *operands: Any, wrt: tuple[bool, ...], task: Task
 ) -> list[Any]:
-    *primals, lse = arrays[:6]
-    gradients = gradients_p.bind(*primals, *cotangents, lse, wrt=wrt, options=options)
-    return [None] * 6 + [
+    first = task.num_operands + task.loss.num_residuals
+    primals, residuals = (
+        operands[: task.num_operands],
+        operands[task.num_operands : first],
+    )
+    cotangents = [filled(ct) for ct in cotangents]
+    gradients = gradients_p.bind(
+        *primals, *cotangents, *residuals, wrt=wrt, with_values=False, task=task
+    )
+    return [None] * first + [
         gradient.astype(tangent.aval.dtype)
-        for gradient, tangent in zip(gradients, arrays[6:], strict=True)
+        for gradient, tangent in zip(gradients, operands[first:], strict=True)
     ]
 
 
 def _inner_transpose(
-    cotangents: Arrays, gradient: jax.Array, tangent: Any, *, options: Options
+    cotangents: Arrays, gradient: jax.Array, tangent: Any, *, task: Task
 ) -> list[Any]:
     (cotangent,) = cotangents
     dtype = tangent.aval.dtype
     if gradient.dtype != dtype:
         return [None, (gradient * cotangent).astype(dtype)]
     gradient = vary(gradient, tuple(varying(cotangent)))
-    return [None, *scaled_p.bind(gradient, cotangent, options=options)]
+    return [None, *scaled_p.bind(gradient, cotangent, task=task)]
 
 
-def _inner_jvp(primals: Arrays, tangents: Arrays, *, options: Options) -> Any:
+def _inner_jvp(primals: Arrays, tangents: Arrays, *, task: Task) -> Any:
     changes = [
-        inner_p.bind(primal, tangent, options=options)[0]
+        inner_p.bind(primal, tangent, task=task)[0]
         for primal, tangent in zip(primals, reversed(tangents), strict=True)
         if not is_zero(tangent)
     ]
-    return inner_p.bind(*primals, options=options), [sum(changes)]
+    return inner_p.bind(*primals, task=task), [sum(changes)]
 
 
 def _differentiated(
-    primals: Arrays, tangents: Arrays, options: Options
+    primals: Arrays, tangents: Arrays, task: Task
 ) -> tuple[tuple[bool, ...], list[Any]]:
-    """Which of features, kernel and bias have a tangent, and those tangents.
+    """Which of the operands have a tangent, and those tangents.
 
     They vary over all mapped axes over which anything does: what is transposed later
     has no other way to say that the gradients do.
     """
-    wrt = tuple(not is_zero(t) for t in tangents[:3])
-    axis_name = options.vocab_axis_name
-    if wrt[0] and _is_untracked(axis_name):
-        add = functools.partial(add_shards, axis_name)
-        shared = linear_call(lambda _, t: t, lambda _, ct: add(ct), (), tangents[0])
-        tangents = [shared, *tangents[1:]]
-    tangents = [t for t, wanted in zip(tangents[:3], wrt, strict=True) if wanted]
-    axes = frozenset().union(*map(varying, (*primals, *tangents)))
-    return wrt, [vary(t, tuple(axes)) for t in tangents]
+    tangents = list(tangents[: task.num_operands])
+    wrt = tuple(not is_zero(t) for t in tangents)
+    if task.vocab_axis_name is not None and any(wrt[4:]):
+        raise NotImplementedError(
+            "`vocab_axis_name`: where the vocabulary is sharded there are gradients by "
+            "features, kernel and bias only. Pass options as Python numbers, and "
+            "`jax.lax.stop_gradient` of other arrays."
+        )
+    if wrt[0] and _is_untracked(task.vocab_axis_name):
+        add = Place("any", task.vocab_axis_name).add
+        tangents[0] = linear_call(
+            lambda _, t: t, lambda _, ct: add(ct), (), tangents[0]
+        )
+    changes = selected(tangents, wrt)
+    axes = frozenset().union(*map(varying, (*primals, *changes)))
+    return wrt, [vary(t, tuple(axes)) for t in changes]
 
 
-def _add_changes(change: Any, options: Options) -> Any:
-    """Adds the changes of a loss that the shards of the vocabulary make."""
-    add = functools.partial(add_shards, options.vocab_axis_name)
-    if _is_untracked(options.vocab_axis_name):
+def _add_changes(change: Any, task: Task) -> Any:
+    """Adds the changes of a total that the shards of the vocabulary make."""
+    add = Place("any", task.vocab_axis_name).add
+    if _is_untracked(task.vocab_axis_name):
         return linear_call(lambda _, t: add(t), lambda _, ct: ct, (), change)
     return add(change)
 
@@ -142,85 +160,117 @@ def _is_untracked(axis_name: str | None) -> bool:
 # ------------------------------------------ the second derivatives, by a plain program
 
 
-def _plain_losses(
-    features: jax.Array,
-    kernel: jax.Array,
-    bias: jax.Array,
-    labels: jax.Array,
-    mask: jax.Array,
-    options: Options,
-) -> jax.Array:
-    if options.vocab_axis_name is not None:
+def _plain_outputs(task: Task, operands: Arrays) -> list[jax.Array]:
+    """The outputs of each token, 512 at a time, by what JAX can differentiate again."""
+    if task.vocab_axis_name is not None:
         raise NotImplementedError(
-            "`linear_softmax_cross_entropy` has no second derivative where the "
-            "vocabulary is sharded: leave out `vocab_axis_name`."
+            "`vocab_axis_name`: there is no second derivative where the vocabulary is "
+            "sharded. Leave it out, and let the compiler shard the kernel."
         )
-    dtype = jnp.promote_types(features.dtype, jnp.float32)
-    kernel, bias = kernel.astype(dtype), bias.astype(dtype)
+    given, _ = named(task, operands)
+    mask = given.mask.ravel()
+    dtype = jnp.promote_types(given.features.dtype, jnp.float32)
+    kernel, bias = given.kernel.astype(dtype), given.bias.astype(dtype)
+    if not mask.size:
+        return [jnp.zeros(given.mask.shape, dtype)] * task.loss.num_outputs
+    filler = mask.argmax()
+
+    def flat(x: jax.Array) -> jax.Array:
+        return x.reshape(-1, *x.shape[given.mask.ndim :])
+
+    def safe(valid: jax.Array, x: jax.Array, all_x: jax.Array) -> jax.Array:
+        """Repeats a token that counts where one does not, as a constant."""
+        instead = jax.lax.stop_gradient(jnp.where(mask.any(), all_x[filler], 0))
+        return jnp.where(valid, x, instead.astype(x.dtype))
+
+    rows = [flat(x) for x in (given.features, *given.arrays)]
 
     @jax.checkpoint
-    def token_loss(token: Any) -> jax.Array:
-        x, label, valid = token
-        x = jnp.where(valid, x, 0).astype(dtype)
-        label = jnp.where(valid, label, 0)
-        logits = logits_of(x[None], kernel, bias, options)
-        (loss,), _ = cross_entropy(logits, label[None], options, Device("any"))
-        return jnp.where(valid, loss, 0)
+    def token_outputs(token: Any) -> list[jax.Array]:
+        valid, *own = token
+        x, *arrays = (safe(valid, a, b) for a, b in zip(own, rows, strict=True))
+        logits = logits_of(x.astype(dtype)[None], kernel, bias)
+        logits = jnp.where(logits == -jnp.inf, -jnp.inf, logits)
+        arrays = [array[None] for array in arrays]
+        outputs, _ = task.loss.values(logits, arrays, given.shared, Place("any"))
+        return [jnp.where(valid, output[0], 0) for output in outputs]
 
-    tokens = (features.reshape(-1, features.shape[-1]), labels.ravel(), mask.ravel())
-    losses: jax.Array = jax.lax.map(token_loss, tokens, batch_size=512)
-    return losses.reshape(mask.shape)
+    outputs: list[jax.Array]
+    outputs = jax.lax.map(token_outputs, (mask, *rows), batch_size=512)
+    return [output.reshape(given.mask.shape) for output in outputs]
 
 
 def _gradients_jvp(
-    primals: Arrays, tangents: Arrays, *, wrt: tuple[bool, ...], options: Options
+    primals: Arrays,
+    tangents: Arrays,
+    *,
+    wrt: tuple[bool, ...],
+    with_values: bool,
+    task: Task,
 ) -> Any:
-    outs = gradients_p.bind(*primals, wrt=wrt, options=options)
-    labels, mask = primals[3:5]
+    outs = gradients_p.bind(*primals, wrt=wrt, with_values=with_values, task=task)
+    num, num_outputs = task.num_operands, task.loss.num_outputs
+    last = num + num_outputs
+    mask = primals[3]
+    is_changing = tuple(not is_zero(t) for t in tangents[:last])
 
-    def plain(*arrays: jax.Array) -> list[jax.Array]:
-        *inputs, weights = arrays
-        plain_losses = functools.partial(
-            _plain_losses, labels=labels, mask=mask, options=options
+    def plain(*some: jax.Array) -> list[jax.Array]:
+        full = replaced(primals[:last], is_changing, some)
+        operands, weights = full[:num], full[num:]
+
+        def outputs_of(*wanted: jax.Array) -> list[jax.Array]:
+            return _plain_outputs(task, replaced(operands, wrt, wanted))
+
+        outputs, pull = jax.vjp(outputs_of, *selected(operands, wrt))
+        gradients = pull(
+            [
+                jnp.where(mask, w, 0).astype(o.dtype)
+                for w, o in zip(weights, outputs, strict=True)
+            ]
         )
-        losses, pull = jax.vjp(plain_losses, *inputs)
-        gradients = pull(jnp.where(mask, weights, 0).astype(losses.dtype))
-        gradients = [g for g, wanted in zip(gradients, wrt, strict=True) if wanted]
-        return [losses, *gradients][-len(outs) :]
+        return [*(outputs if with_values else []), *gradients]
 
-    changes = _jvp(plain, (*primals[:3], primals[5]), (*tangents[:3], tangents[5]))
+    changes = _jvp(
+        plain,
+        selected(primals[:last], is_changing),
+        selected(tangents[:last], is_changing),
+    )
+    if with_values:
+        residuals = outs[num_outputs : num_outputs + task.loss.num_residuals]
+        changes[num_outputs:num_outputs] = [jnp.zeros_like(x) for x in residuals]
     return outs, [c.astype(out.dtype) for c, out in zip(changes, outs, strict=True)]
 
 
 def _tangents_jvp(
-    primals: Arrays, tangents: Arrays, *, wrt: tuple[bool, ...], options: Options
+    primals: Arrays, tangents: Arrays, *, wrt: tuple[bool, ...], task: Task
 ) -> Any:
-    outs = tangents_p.bind(*primals, wrt=wrt, options=options)
-    labels, mask = primals[3:5]
+    outs = tangents_p.bind(*primals, wrt=wrt, task=task)
+    num = task.num_operands
+    first = num + task.loss.num_residuals
+    inputs, changes = ([*x[:num], *x[first:]] for x in (primals, tangents))
+    is_changing = tuple(not is_zero(t) for t in changes)
 
-    def plain(*arrays: jax.Array) -> list[jax.Array]:
-        inputs = arrays[:3]
-        directions = [
-            jnp.zeros_like(x) if direction is None else direction
-            for x, direction in zip(inputs, place(arrays[3:], wrt), strict=True)
-        ]
-        plain_losses = functools.partial(
-            _plain_losses, labels=labels, mask=mask, options=options
-        )
-        return [jax.jvp(plain_losses, inputs, tuple(directions))[1]]
+    def plain(*some: jax.Array) -> list[jax.Array]:
+        full = replaced(inputs, is_changing, some)
+        operands, directions = full[:num], full[num:]
 
-    inputs = (*primals[:3], *primals[6:])
-    return outs, _jvp(plain, inputs, (*tangents[:3], *tangents[6:]))
+        def outputs_of(*wanted: jax.Array) -> list[jax.Array]:
+            return _plain_outputs(task, replaced(operands, wrt, wanted))
+
+        changes: list[jax.Array] = _jvp(outputs_of, selected(operands, wrt), directions)
+        return changes
+
+    changes = _jvp(plain, selected(inputs, is_changing), selected(changes, is_changing))
+    return outs, changes
 
 
-def _scaled_jvp(primals: Arrays, tangents: Arrays, *, options: Options) -> Any:
-    outs = scaled_p.bind(*primals, options=options)
-    return outs, _jvp(times, primals, tangents)
+def _scaled_jvp(primals: Arrays, tangents: Arrays, *, task: Task) -> Any:
+    outs = scaled_p.bind(*primals, task=task)
+    return outs, _jvp(times, primals, [filled(t) for t in tangents])
 
 
 def _jvp(function: Callable[..., Any], primals: Arrays, tangents: Arrays) -> Any:
-    tangents = tuple(map(filled, tangents))
-    return jax.jvp(function, tuple(primals), tangents)[1]
+    return jax.jvp(function, tuple(primals), tuple(tangents))[1]
 
 
 on_jvp(total_p, _total_jvp)

@@ -1,125 +1,144 @@
-"""One chunk of tokens: its logits, their losses, and the slope of those."""
+"""What a loss of logits is to the engine: a value with these few parts.
+
+The engine makes the logits of a chunk of tokens and asks a `LogitLoss` for their
+losses. A loss may have a slope of its own, where that is faster than the one that JAX
+derives; everything else, from the gradient of the kernel to second derivatives, is the
+engine's.
+"""
 
 from __future__ import annotations
 
-import functools
-from typing import NamedTuple, cast
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, cast
 
 import jax
 import jax.numpy as jnp
 
 from wloss_jax._devices import vary
-from wloss_jax.linear._primitives import Device
-from wloss_jax.losses._labels import nan_unless_class
+
+Arrays = Sequence[Any]
 
 
-class Options(NamedTuple):
-    """What is static; the parameters of the primitives."""
+class Place(NamedTuple):
+    """Where a chunk is: what a loss of logits may want to know of it."""
 
-    label_smoothing: float
-    z_loss: float
-    softcap: float | None
+    platform: str
+    vocab_axis_name: str | None = None
+
+    def add(self, x: jax.Array) -> jax.Array:
+        """Adds up over the shards of the vocabulary."""
+        if self.vocab_axis_name is None:
+            return x
+        varying = vary(x, self.vocab_axis_name)
+        return cast(jax.Array, jax.lax.psum(varying, self.vocab_axis_name))
+
+    def largest(self, x: jax.Array) -> jax.Array:
+        """Takes the maximum over the shards of the vocabulary, as a constant."""
+        x = jax.lax.stop_gradient(x)
+        if self.vocab_axis_name is None:
+            return x
+        return cast(jax.Array, jax.lax.pmax(x, self.vocab_axis_name))
+
+    def num_classes(self, logits: jax.Array) -> int:
+        """How many classes there are in all shards."""
+        if self.vocab_axis_name is None:
+            return logits.shape[1]
+        return logits.shape[1] * jax.lax.axis_size(self.vocab_axis_name)
+
+    def first_class(self, logits: jax.Array) -> jax.Array | int:
+        """The class that the first column of this shard is."""
+        if self.vocab_axis_name is None:
+            return 0
+        return jax.lax.axis_index(self.vocab_axis_name) * logits.shape[1]
+
+
+class LogitLoss(Protocol):
+    """A loss of logits ``[n, V]``. It must be hashable: it is static.
+
+    ``arrays`` have a row for each of the ``n`` tokens, ``shared`` are the same for all.
+    """
+
+    @property
+    def num_outputs(self) -> int:
+        """How many values a token has that are differentiated: one loss, mostly."""
+
+    @property
+    def num_residuals(self) -> int:
+        """How many more it has that are constants for gradients."""
+
+    @property
+    def has_slope(self) -> bool:
+        """Whether `slope` is there. If not, JAX derives it from `values`."""
+
+    def values(
+        self, logits: jax.Array, arrays: Arrays, shared: Arrays, place: Place
+    ) -> tuple[list[jax.Array], list[jax.Array]]:
+        """The outputs and the residuals of each token, arrays of ``[n]``."""
+
+    def slope(
+        self,
+        logits: jax.Array,
+        arrays: Arrays,
+        shared: Arrays,
+        residuals: Arrays,
+        weights: Arrays,
+        place: Place,
+    ) -> jax.Array:
+        """The derivative of the weighted sum of the outputs by the logits."""
+
+
+class Task(NamedTuple):
+    """What is static: the parameter of the primitives.
+
+    Their first operands are the same for all: ``features, kernel, bias, mask``, then
+    ``num_arrays`` arrays with rows for tokens, then ``num_shared`` that have none.
+    """
+
+    loss: LogitLoss
+    num_arrays: int
+    num_shared: int
     chunk_size: int | None
     vocab_axis_name: str | None
     # The caller's: the primitives are traced when the caller's context may be gone.
     matmul_precision: str | None
 
+    @property
+    def num_operands(self) -> int:
+        """How many operands all primitives have in common."""
+        return 4 + self.num_arrays + self.num_shared
 
-def logits_of(
-    x: jax.Array, kernel: jax.Array, bias: jax.Array, options: Options
-) -> jax.Array:
+    def is_token(self, i: int) -> bool:
+        """Whether the operand at ``i`` has a row for each token; later ones all do."""
+        return i not in (1, 2) and not (4 + self.num_arrays <= i < self.num_operands)
+
+
+class Operands(NamedTuple):
+    """The first operands of a primitive, by name."""
+
+    features: jax.Array
+    kernel: jax.Array
+    bias: jax.Array
+    mask: jax.Array
+    arrays: tuple[jax.Array, ...]
+    shared: tuple[jax.Array, ...]
+
+
+def named(task: Task, operands: Arrays) -> tuple[Operands, list[Any]]:
+    """Splits the operands of a primitive into those by name and the rest."""
+    arrays = operands[4 : 4 + task.num_arrays]
+    shared = operands[4 + task.num_arrays : task.num_operands]
+    features, kernel, bias, mask = operands[:4]
+    first = Operands(features, kernel, bias, mask, tuple(arrays), tuple(shared))
+    return first, list(operands[task.num_operands :])
+
+
+def logits_of(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    """The logits of a chunk of tokens, in float32 at least."""
     logits = product(x, kernel)
-    logits += bias.astype(logits.dtype)[None, :]
-    if options.softcap is not None:
-        logits = options.softcap * jnp.tanh(logits / options.softcap)
-    return logits
-
-
-def cross_entropy(
-    logits: jax.Array, labels: jax.Array, options: Options, device: Device
-) -> tuple[jax.Array, jax.Array]:
-    """The loss of each token, and its log-sum-exp."""
-    add = functools.partial(add_shards, options.vocab_axis_name)
-    vocab = full_vocab(logits, options)
-    top = jax.lax.stop_gradient(logits.max(axis=-1))
-    if options.vocab_axis_name is not None:
-        top = jax.lax.pmax(top, options.vocab_axis_name)
-    top = jnp.where(jnp.isfinite(top), top, 0)
-    lse = top + jnp.log(add(jnp.exp(logits - top[:, None]).sum(axis=-1)))
-    own = _own_labels(logits, labels, options)
-    if device.platform == "cpu":
-        target = logits.at[jnp.arange(own.size), own].get(mode="fill", fill_value=0)
-    else:
-        target = jnp.where(_one_hot(logits, own), logits, 0).sum(axis=-1)
-    target = add(target) * nan_unless_class(labels, vocab)
-    if options.label_smoothing:
-        mean = add(logits.sum(axis=-1)) / vocab
-        target += options.label_smoothing * (mean - target)
-    loss = lse - target
-    if options.z_loss:
-        loss += options.z_loss * lse**2
-    return loss, lse
+    return logits + bias.astype(logits.dtype)[None, :]
 
 
 def product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """A product in the dtype of ``a`` that is summed in float32 at least."""
     dtype = jnp.promote_types(a.dtype, jnp.float32)
     return jnp.dot(a, b.astype(a.dtype), preferred_element_type=dtype)
-
-
-def slope_of(
-    logits: jax.Array,
-    labels: jax.Array,
-    lse: jax.Array,
-    weights: jax.Array,
-    options: Options,
-    device: Device,
-) -> jax.Array:
-    """The derivative of the weighted losses by the logits before the soft cap."""
-    vocab = full_vocab(logits, options)
-    weights = weights * nan_unless_class(labels, vocab)
-    slope = jnp.exp(logits - lse[:, None])
-    if options.z_loss:
-        slope *= 1 + 2 * options.z_loss * lse[:, None]
-    if options.label_smoothing:
-        slope -= options.label_smoothing / vocab
-    slope *= weights[:, None]
-    own = _own_labels(logits, labels, options)
-    of_label = (1 - options.label_smoothing) * weights
-    if device.platform == "cpu":
-        slope = slope.at[jnp.arange(own.size), own].add(-of_label, mode="drop")
-    else:
-        slope -= jnp.where(_one_hot(logits, own), of_label[:, None], 0)
-    if options.softcap is not None:
-        slope *= 1 - (logits / options.softcap) ** 2
-    return slope
-
-
-def _own_labels(logits: jax.Array, labels: jax.Array, options: Options) -> jax.Array:
-    """Labels as columns of ``logits``; past its last where they are another shard's.
-
-    On CPU that one column is read and written by its index, in half the time (19 for 35
-    ms for 512 x 32768 float32 logits) of the comparison of all with it that keeps a
-    program for accelerators free of scatters.
-    """
-    shard_size = logits.shape[1]
-    if options.vocab_axis_name is not None:
-        shard = jax.lax.axis_index(options.vocab_axis_name).astype(labels.dtype)
-        labels = labels - shard * shard_size
-    return jnp.where(labels < 0, shard_size, labels)
-
-
-def _one_hot(logits: jax.Array, own_labels: jax.Array) -> jax.Array:
-    classes = jax.lax.broadcasted_iota(own_labels.dtype, logits.shape, 1)
-    return classes == own_labels[:, None]
-
-
-def full_vocab(logits: jax.Array, options: Options) -> int:
-    if options.vocab_axis_name is None:
-        return logits.shape[1]
-    return logits.shape[1] * jax.lax.axis_size(options.vocab_axis_name)
-
-
-def add_shards(axis_name: str | None, x: jax.Array) -> jax.Array:
-    if axis_name is None:
-        return x
-    return cast(jax.Array, jax.lax.psum(vary(x, axis_name), axis_name))

@@ -59,7 +59,7 @@ def make_primitive(name: str, function: Callable[..., list[jax.Array]]) -> Primi
     def lower(platform: str, ctx: Any, *arrays: Any, **params: Any) -> Any:
         device = _lowered_for(platform, ctx.module_context.axis_context)
         on_device = functools.partial(function, device=device, **params)
-        with jax.default_matmul_precision(params["options"].matmul_precision):
+        with jax.default_matmul_precision(params["task"].matmul_precision):
             return mlir.lower_fun(on_device, multiple_results=True)(ctx, *arrays)
 
     primitive.def_impl(run)
@@ -117,6 +117,11 @@ def filled(tangent: Any) -> Any:
 def is_linear_input(array: Any) -> bool:
     """Whether this input of a rule for transposition is one to be solved for."""
     return bool(ad.is_undefined_primal(array))
+
+
+def evaluated(jaxpr: Any, consts: Any, *arguments: Any) -> list[Any]:
+    """The results of what `jax.make_jaxpr` made, with constants of one's own."""
+    return jax.core.eval_jaxpr(jaxpr, consts, *arguments)
 
 
 def varying(x: Any) -> frozenset[str]:

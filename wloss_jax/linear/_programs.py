@@ -8,92 +8,87 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from wloss_jax.linear._chunks import Arrays, sweep, whole_columns
-from wloss_jax.linear._logits import (
-    Options,
-    cross_entropy,
-    logits_of,
-    product,
-    slope_of,
-)
+from wloss_jax.linear._chunks import sweep, whole_columns
+from wloss_jax.linear._logits import Arrays, Place, Task, logits_of, named, product
 from wloss_jax.linear._primitives import Device, make_primitive
 
 
-def losses_of_tokens(
-    features: jax.Array,
-    kernel: jax.Array,
-    bias: jax.Array,
-    labels: jax.Array,
-    mask: jax.Array,
-    *,
-    options: Options,
-    device: Device,
-) -> list[jax.Array]:
-    """The loss and the log-sum-exp of each token."""
-    kernel = whole_columns(kernel, device)
+def losses_of_tokens(*operands: jax.Array, task: Task, device: Device) -> list[Any]:
+    """The outputs and the residuals of each token."""
+    given, _ = named(task, operands)
+    kernel = whole_columns(given.kernel, device)
+    place = Place(device.platform, task.vocab_axis_name)
 
-    def step(x: jax.Array, labels: jax.Array) -> Any:
-        logits = logits_of(x, kernel, bias, options)
-        return list(cross_entropy(logits, labels, options, device)), []
+    def step(_: jax.Array, x: jax.Array, *arrays: jax.Array) -> Any:
+        logits = logits_of(x, kernel, given.bias)
+        outputs, residuals = task.loss.values(logits, arrays, given.shared, place)
+        return [*outputs, *residuals], []
 
-    tokens = (features, labels)
-    values, _ = sweep(step, tokens, mask, kernel.shape[0], options, device)
+    tokens = (given.features, *given.arrays)
+    values, _ = sweep(step, tokens, given.mask, kernel.shape[0], task, device)
     return values
 
 
-def total_of_tokens(
-    features: jax.Array,
-    kernel: jax.Array,
-    bias: jax.Array,
-    labels: jax.Array,
-    mask: jax.Array,
-    weights: jax.Array,
-    *,
-    options: Options,
-    device: Device,
-) -> list[jax.Array]:
-    """The weighted sum of the losses."""
-    losses, _ = losses_of_tokens(
-        features, kernel, bias, labels, mask, options=options, device=device
-    )
-    return [weighted(losses, mask, weights).sum()]
+def total_of_tokens(*operands: jax.Array, task: Task, device: Device) -> list[Any]:
+    """The weighted sum of the one output, by the weights that come last."""
+    *first, weights = operands
+    loss, *residuals = losses_of_tokens(*first, task=task, device=device)
+    return [weighted(loss, first[3], weights).sum(), *residuals]
 
 
 def weighted(losses: jax.Array, mask: jax.Array, weights: jax.Array) -> jax.Array:
+    """The terms of a total."""
     return jnp.where(mask, weights * losses, 0)
 
 
 def gradients_of_tokens(
-    features: jax.Array,
-    kernel: jax.Array,
-    bias: jax.Array,
-    labels: jax.Array,
-    mask: jax.Array,
-    weights: jax.Array,
-    *lse: jax.Array,
+    *operands: jax.Array,
     wrt: tuple[bool, ...],
-    options: Options,
+    with_values: bool,
+    task: Task,
     device: Device,
-) -> list[jax.Array]:
-    """The gradient of the weighted sum by those ``wrt`` of features, kernel and bias.
+) -> list[Any]:
+    """The gradient of the weighted sum of the outputs by those ``wrt`` of the operands.
 
-    Without a log-sum-exp from before, the losses come first.
+    After the operands come the weights of each output, and the residuals; or, if
+    ``with_values``, no residuals, and the outputs and residuals come first.
     """
-    kernel = whole_columns(kernel, device)
-    largest = largest_weight(features.dtype, weights, mask)
+    given, rest = named(task, operands)
+    kernel = whole_columns(given.kernel, device)
+    place = Place(device.platform, task.vocab_axis_name)
+    loss, num_outputs, num_arrays = task.loss, task.loss.num_outputs, task.num_arrays
+    largest = largest_weight(given.features.dtype, rest[:num_outputs], given.mask)
+    of_others = wrt[4:]
 
-    def step(
-        x: jax.Array, labels: jax.Array, weights: jax.Array, *lse: jax.Array
-    ) -> Any:
-        logits = logits_of(x, kernel, bias, options)
-        values, sums = [], []
-        if lse:
-            (own_lse,) = lse
+    def step(valid: jax.Array, x: jax.Array, *rows: jax.Array) -> Any:
+        arrays, rows = rows[:num_arrays], rows[num_arrays:]
+        weights = [jnp.where(valid, w, 0) / largest for w in rows[:num_outputs]]
+        residuals = list(rows[num_outputs:])
+        logits = logits_of(x, kernel, given.bias)
+        values: list[jax.Array] = []
+        others: list[jax.Array] = []
+        if loss.has_slope and not any(of_others):
+            if with_values:
+                outputs, residuals = loss.values(logits, arrays, given.shared, place)
+                values = [*outputs, *residuals]
+            slope = loss.slope(logits, arrays, given.shared, residuals, weights, place)
         else:
-            loss, own_lse = cross_entropy(logits, labels, options, device)
-            values.append(loss)
-        slope = slope_of(logits, labels, own_lse, weights / largest, options, device)
+
+            def outputs_of(logits: jax.Array, *some: jax.Array) -> Any:
+                full = replaced([*arrays, *given.shared], of_others, some)
+                return loss.values(logits, full[:num_arrays], full[num_arrays:], place)
+
+            some = selected([*arrays, *given.shared], of_others)
+            outputs, pull, residuals = jax.vjp(outputs_of, logits, *some, has_aux=True)
+            cotangents = [
+                w.astype(o.dtype) for w, o in zip(weights, outputs, strict=True)
+            ]
+            slope, *others = pull(cotangents)
+            values = [*outputs, *residuals] if with_values else []
+            # A class that is out has no gradient, and a filler none at all.
+            slope = jnp.where(valid[:, None] & (logits != -jnp.inf), slope, 0)
         slope = slope.astype(x.dtype)
+        sums = []
         if wrt[0]:
             # Not `.T`: a kernel spread over devices would be gathered twice.
             of_x = jnp.einsum(
@@ -112,73 +107,110 @@ def gradients_of_tokens(
             sums.append(product(transposed, slope))
         if wrt[2]:
             sums.append(slope.sum(axis=0, dtype=logits.dtype))
-        return values, sums
+        of_arrays = sum(of_others[:num_arrays])
+        values += [(g * largest).astype(g.dtype) for g in others[:of_arrays]]
+        return values, [*sums, *others[of_arrays:]]
 
-    tokens = (features, labels, weights, *lse)
-    values, sums = sweep(step, tokens, mask, kernel.shape[0], options, device)
-    return [*values, *(s * largest for s in sums)]
+    tokens = (given.features, *given.arrays, *rest)
+    values, sums = sweep(step, tokens, given.mask, kernel.shape[0], task, device)
+    sums = [s * largest for s in sums]
+    num_values = with_values * (num_outputs + loss.num_residuals)
+    values, of_tokens, of_all = values[:num_values], values[num_values:], sums
+    return values + [
+        (of_tokens if task.is_token(i) else of_all).pop(0)
+        for i, wanted in enumerate(wrt)
+        if wanted
+    ]
 
 
-def largest_weight(
-    dtype: Any, weights: jax.Array, mask: jax.Array
-) -> jax.Array | float:
+def largest_weight(dtype: Any, weights: Arrays, mask: jax.Array) -> jax.Array | float:
     """What to divide weights by in float16, which has no room for 1e9 or 1e-9."""
     if dtype != jnp.float16:
         return 1.0
-    sizes = jnp.where(mask & jnp.isfinite(weights), jnp.abs(weights), 0)
-    largest = jax.lax.stop_gradient(sizes.max(initial=0))
+    sizes = [
+        jnp.where(mask & jnp.isfinite(w), jnp.abs(w), 0).max(initial=0) for w in weights
+    ]
+    largest = jax.lax.stop_gradient(jnp.stack(sizes).max())
     return jnp.where(largest > 0, largest, 1)
 
 
 def tangents_of_tokens(
-    features: jax.Array,
-    kernel: jax.Array,
-    bias: jax.Array,
-    labels: jax.Array,
-    mask: jax.Array,
-    lse: jax.Array,
-    *tangents: jax.Array,
-    wrt: tuple[bool, ...],
-    options: Options,
-    device: Device,
-) -> list[jax.Array]:
-    """What the losses change by; with a sharded vocabulary, this shard's part of it."""
-    kernel = whole_columns(kernel, device)
-    dfeatures, dkernel, dbias = place(tangents, wrt)
+    *operands: jax.Array, wrt: tuple[bool, ...], task: Task, device: Device
+) -> list[Any]:
+    """What the outputs change by with the tangents of those ``wrt`` of the operands.
 
-    def step(x: jax.Array, labels: jax.Array, lse: jax.Array, *dx: jax.Array) -> Any:
-        logits = logits_of(x, kernel, bias, options)
+    After the operands come the residuals, for the transpose, and then the tangents.
+    """
+    given, rest = named(task, operands)
+    kernel = whole_columns(given.kernel, device)
+    place = Place(device.platform, task.vocab_axis_name)
+    loss, num_arrays = task.loss, task.num_arrays
+    tangents = rest[loss.num_residuals :]
+    of_x, of_kernel, of_bias, _, *of_others = placed(tangents, wrt)
+    is_wanted = wrt[4:]
+    changing = [t for t in of_others[:num_arrays] if t is not None]
+    shared_changes = [t for t in of_others[num_arrays:] if t is not None]
+
+    def step(_: jax.Array, x: jax.Array, *rows: jax.Array) -> Any:
+        arrays, rows = rows[:num_arrays], rows[num_arrays:]
+        logits = logits_of(x, kernel, given.bias)
         change = jnp.zeros_like(logits)
-        if wrt[0]:
-            change += product(dx[0], kernel)
-        if wrt[1]:
-            change += product(x, dkernel)
-        if wrt[2]:
-            change += dbias.astype(logits.dtype)[None, :]
-        ones = jnp.ones_like(lse)
-        slope = slope_of(logits, labels, lse, ones, options, device)
-        return [(slope * change).sum(axis=-1)], []
+        if of_x is not None:
+            change += product(rows[0], kernel)
+            rows = rows[1:]
+        if of_kernel is not None:
+            change += product(x, of_kernel)
+        if of_bias is not None:
+            change += of_bias.astype(logits.dtype)[None, :]
+        change = jnp.where(logits == -jnp.inf, 0, change)
 
-    tokens = (features, labels, lse, *((dfeatures,) if wrt[0] else ()))
-    values, _ = sweep(step, tokens, mask, kernel.shape[0], options, device)
+        def outputs_of(logits: jax.Array, *some: jax.Array) -> Any:
+            full = replaced([*arrays, *given.shared], is_wanted, some)
+            outputs, _ = loss.values(
+                logits, full[:num_arrays], full[num_arrays:], place
+            )
+            return outputs
+
+        some = selected([*arrays, *given.shared], is_wanted)
+        changes = (change, *rows, *shared_changes)
+        return jax.jvp(outputs_of, (logits, *some), changes)[1], []
+
+    tokens = [given.features, *given.arrays]
+    tokens += [of_x] if of_x is not None else []
+    tokens += changing
+    values, _ = sweep(step, tokens, given.mask, kernel.shape[0], task, device)
     return values
 
 
-def place(some: Arrays, wrt: tuple[bool, ...]) -> list[Any]:
-    """Puts the few that are wanted in their places among three."""
+def selected(operands: Arrays, wrt: tuple[bool, ...]) -> list[Any]:
+    """Those of the operands that are wanted."""
+    return [x for x, wanted in zip(operands, wrt, strict=True) if wanted]
+
+
+def placed(some: Arrays, wrt: tuple[bool, ...]) -> list[Any]:
+    """Puts the few that are wanted in their places among all, None elsewhere."""
     remaining = iter(some)
     return [next(remaining) if wanted else None for wanted in wrt]
 
 
+def replaced(operands: Arrays, wrt: tuple[bool, ...], some: Arrays) -> list[Any]:
+    """Puts the few that are wanted in the places of the operands."""
+    remaining = iter(some)
+    return [
+        next(remaining) if wanted else x
+        for x, wanted in zip(operands, wrt, strict=True)
+    ]
+
+
 def scaled(
-    gradient: jax.Array, factor: jax.Array, *, options: Options, device: Device
+    gradient: jax.Array, factor: jax.Array, *, task: Task, device: Device
 ) -> list[jax.Array]:
     """The gradient times its scalar cotangent, in place.
 
     XLA does that by itself, but not on TPU, where the copy of a float32 kernel's
     gradient is more than all else: 3.2 GiB instead of 1.2 for D 4096 and V 128256.
     """
-    if device.platform != "tpu" or device.num_devices > 1:
+    if device.platform != "tpu" or device.num_devices > 1 or not gradient.ndim:
         return times(gradient, factor)
 
     num_slabs = math.gcd(gradient.shape[0], 16)
@@ -193,6 +225,7 @@ def scaled(
 
 
 def times(gradient: jax.Array, factor: jax.Array) -> list[jax.Array]:
+    """The gradient times its scalar cotangent."""
     return [(gradient * factor).astype(gradient.dtype)]
 
 

@@ -9,8 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from wloss_jax.linear._chunks import Arrays
-from wloss_jax.linear._logits import Options
+from wloss_jax.linear._logits import Arrays, Task
 from wloss_jax.linear._primitives import on_vmap
 from wloss_jax.linear._programs import (
     gradients_p,
@@ -25,11 +24,20 @@ from wloss_jax.linear._programs import (
 )
 
 
-def _total_merged(*arrays: jax.Array, options: Options) -> list[jax.Array]:
-    *primals, mask, weights = arrays
-    losses, _ = losses_p.bind(*primals, mask, options=options)
-    sums = weighted(losses, mask, weights)
-    return [sums.sum(axis=tuple(range(1, sums.ndim)))]
+def _total_merged(*operands: jax.Array, task: Task) -> list[jax.Array]:
+    *first, weights = operands
+    loss, *residuals = losses_p.bind(*first, task=task)
+    sums = weighted(loss, first[3], weights)
+    return [sums.sum(axis=tuple(range(1, sums.ndim))), *residuals]
+
+
+def _are_of_tokens(primitive: Any, count: int, task: Task, wrt: Any) -> list[bool]:
+    """Which of ``count`` operands have a row for each token."""
+    are_of_tokens = [task.is_token(i) for i in range(count)]
+    if primitive is tangents_p:  # the tangents come last, in the order of operands
+        of_tangents = [task.is_token(i) for i, wanted in enumerate(wrt) if wanted]
+        are_of_tokens[count - len(of_tangents) :] = of_tangents
+    return are_of_tokens
 
 
 def _batch(
@@ -37,12 +45,12 @@ def _batch(
 ) -> tuple[Any, list[Any]]:
     """The rule for `jax.vmap`.
 
-    Where kernel and bias are shared, and no gradient of theirs is wanted for each
-    element of the batch, the axis becomes one more of the tokens. Else the elements are
-    gone through one after the other.
+    Where kernel, bias and all that tokens share is shared by the batch too, and no
+    gradient of theirs is wanted for each element of the batch, the axis becomes one
+    more of the tokens. Else the elements are gone through one after the other.
     """
-    options, wrt = params["options"], params.get("wrt", (False,) * 3)
-    if axis.name is not None and axis.name == options.vocab_axis_name:
+    task, wrt = params["task"], params.get("wrt", ())
+    if axis.name is not None and axis.name == task.vocab_axis_name:
         raise NotImplementedError(
             f"`vocab_axis_name`={axis.name!r} is an axis of `jax.vmap`: it must be one "
             "of devices, under `jax.shard_map` or `jax.pmap`."
@@ -55,17 +63,17 @@ def _batch(
         x if dim is None else jnp.moveaxis(x, dim, 0)
         for x, dim in zip(arrays, dims, strict=True)
     ]
-    # The places of the kernel, the bias, and the tangents of both.
-    keep = [1, 2]
-    if primitive is tangents_p:
-        keep += range(6 + wrt[0], len(arrays))
-    by_token = primitive is not gradients_p or not (wrt[1] or wrt[2])
-    if by_token and all(is_shared[i] for i in keep):
+    of_tokens = _are_of_tokens(primitive, len(arrays), task, wrt)
+    is_one_sum = primitive is gradients_p and any(
+        wanted and not task.is_token(i) for i, wanted in enumerate(wrt)
+    )
+    if not is_one_sum and all(
+        of_token or shared
+        for of_token, shared in zip(of_tokens, is_shared, strict=True)
+    ):
         arrays = [
-            jnp.broadcast_to(x, (axis.size, *x.shape))
-            if is_shared[i] and i not in keep
-            else x
-            for i, x in enumerate(arrays)
+            jnp.broadcast_to(x, (axis.size, *x.shape)) if of_token and shared else x
+            for x, of_token, shared in zip(arrays, of_tokens, is_shared, strict=True)
         ]
         function = _total_merged if primitive is total_p else primitive.bind
         outs = function(*arrays, **params)

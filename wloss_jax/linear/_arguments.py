@@ -1,0 +1,258 @@
+"""What the linear losses have in common before and after the sweep over chunks.
+
+Their arguments are checked here, options are told apart (numbers are compiled in,
+traced scalars are arrays), tokens that count are marked, and what comes back of each
+token is reduced.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
+
+from wloss_jax._checks import (
+    check_array,
+    check_count,
+    check_number,
+    check_rank,
+    check_scalar,
+    check_shape,
+    check_type,
+    check_value,
+)
+from wloss_jax._devices import check_mapped
+from wloss_jax.linear import _derivatives, _vmap  # noqa: F401  the primitives' rules
+from wloss_jax.linear._logits import LogitLoss, Task
+from wloss_jax.linear._programs import largest_weight, losses_p, total_p
+from wloss_jax.masks import expand_leading, valid_mask
+from wloss_jax.means import WeightedMean, weighted_mean
+
+Named = dict[str, Any]
+_Result = TypeVar("_Result")
+
+
+# ----------------------------------------------------------------------------- options
+
+_LIMITS = {
+    "label_smoothing": (0.0, 1.0),
+    "softcap": (sys.float_info.min, sys.float_info.max),
+    "temperature": (sys.float_info.min, sys.float_info.max),
+}
+# What an option does nothing at, and is left out at.
+_NEUTRAL = {"label_smoothing": 0.0, "z_loss": 0.0, "temperature": 1.0}
+
+
+def split_options(**options: Any) -> tuple[tuple[tuple[str, float], ...], Named]:
+    """Numbers that are compiled in, checked, and scalars that may be traced."""
+    fixed, traced = [], {}
+    for name, value in options.items():
+        if isinstance(value, jax.Array | np.ndarray):
+            traced[name] = check_scalar(name, value)
+        elif value is not None or name in _NEUTRAL:
+            check_number(name, value, *_LIMITS.get(name, ()))
+            if value != _NEUTRAL.get(name):
+                fixed.append((name, float(value)))
+    return tuple(fixed), traced
+
+
+def scalars(traced: Named, features: jax.Array) -> list[jax.Array]:
+    """Options that may be traced, in the precision of the logits."""
+    dtype = jnp.promote_types(features.dtype, jnp.float32)
+    return [jnp.asarray(option, dtype) for option in traced.values()]
+
+
+def check_static(chunk_size: int | None, vocab_axis_name: str | None = None) -> None:
+    """Checks the options that can only be static."""
+    if chunk_size is not None:
+        check_count("chunk_size", chunk_size, at_least=1)
+    check_type(
+        "vocab_axis_name",
+        vocab_axis_name is None or isinstance(vocab_axis_name, str),
+        "must be the name of one mapped axis, or None for a vocabulary that is not "
+        f"sharded; got {vocab_axis_name!r}.",
+    )
+    check_mapped("vocab_axis_name", vocab_axis_name or ())
+
+
+# -------------------------------------------------------------------------------- data
+
+
+def check_data(
+    features: ArrayLike, kernel: ArrayLike, bias: ArrayLike | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Checks what makes the logits; a bias that is not there is 0."""
+    features = check_array("features", features, float)
+    kernel = check_array("kernel", kernel, float)
+    came = f"`features` has shape {features.shape} and `kernel` {kernel.shape}"
+    due = f"{came}: they must be (..., D) and (D, V)."
+    check_rank("kernel", kernel, [2], f"has shape {kernel.shape}. {due}")
+    has = f"has shape {features.shape}. {due}"
+    check_rank("features", features, range(1, 33), has)
+    check_value(
+        "kernel",
+        features.shape[-1] == kernel.shape[0],
+        f"does not fit. {due} Transpose a kernel of (V, D), an embedding table say.",
+    )
+    check_value("kernel", kernel.size > 0, f"is empty. {due} D and V are at least 1.")
+    if bias is None:
+        bias = jnp.zeros(kernel.shape[1:], jnp.float32)
+    bias = check_array("bias", bias, float)
+    check_shape(
+        "bias",
+        bias,
+        kernel.shape[1:],
+        f"has shape {bias.shape}: it must be (V,), {kernel.shape[1:]} for this "
+        "`kernel`.",
+    )
+    return features, kernel, bias
+
+
+def check_class_mask(
+    class_mask: ArrayLike | None, shape: tuple[int, ...], num_classes: int
+) -> tuple[str | None, list[jax.Array]]:
+    """Checks a mask of the classes, for all tokens (shared) or for each (arrays)."""
+    if class_mask is None:
+        return None, []
+    class_mask = check_array("class_mask", class_mask, bool)
+    full = (*shape, num_classes)
+    check_value(
+        "class_mask",
+        class_mask.shape in ((num_classes,), full),
+        f"has shape {class_mask.shape}: it must be (V,), {(num_classes,)} for this "
+        f"`kernel`, or {full}, a mask for each token.",
+    )
+    return "shared" if class_mask.ndim == 1 else "arrays", [class_mask]
+
+
+class Counts(NamedTuple):
+    """Which tokens count, how much, and into which segment they go."""
+
+    mask: jax.Array
+    weights: jax.Array | None
+    segment_ids: jax.Array | None
+    num_segments: int | None
+
+
+def what_counts(
+    shape: tuple[int, ...],
+    weights: ArrayLike | None = None,
+    segment_ids: ArrayLike | None = None,
+    num_segments: int | None = None,
+    **keywords: Any,
+) -> Counts:
+    """Works out what counts, once. A weight of exactly 0 is not there."""
+    mask = valid_mask(
+        shape, segment_ids=segment_ids, num_segments=num_segments, **keywords
+    )
+    if mask is None:
+        mask = jnp.ones(shape, bool)
+    if weights is not None:
+        weights = jax.lax.stop_gradient(check_array("weights", weights, float))
+        weights = expand_leading("weights", weights, shape)
+        mask &= weights != 0
+    if segment_ids is not None:
+        segment_ids = check_array("segment_ids", segment_ids, int)
+    return Counts(mask, weights, segment_ids, num_segments)
+
+
+# ----------------------------------------------------------------------------- results
+
+
+class Problem(NamedTuple):
+    """A loss of logits and all that it is made of: the operands of a primitive."""
+
+    loss: LogitLoss
+    features: jax.Array
+    kernel: jax.Array
+    bias: jax.Array
+    arrays: list[jax.Array]
+    shared: list[jax.Array]
+    chunk_size: int | None = None
+    vocab_axis_name: str | None = None
+
+    def bind(self, primitive: Any, mask: jax.Array, *rest: jax.Array) -> list[Any]:
+        """Calls the primitive."""
+        task = Task(
+            self.loss,
+            len(self.arrays),
+            len(self.shared),
+            self.chunk_size,
+            self.vocab_axis_name,
+            cast(Any, jax.config).jax_default_matmul_precision,
+        )
+        first = (self.features, self.kernel, self.bias, mask)
+        outs = primitive.bind(*first, *self.arrays, *self.shared, *rest, task=task)
+        return cast(list[Any], outs)
+
+
+def values_of(
+    problem: Problem, mask: jax.Array
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """The outputs and the residuals of each token, 0 where none counts."""
+    values = problem.bind(losses_p, mask)
+    num_outputs = problem.loss.num_outputs
+    residuals = jax.lax.stop_gradient(values[num_outputs:])
+    return values[:num_outputs], residuals
+
+
+def mean_of(problem: Problem, counts: Counts) -> tuple[WeightedMean, list[jax.Array]]:
+    """The mean of the loss, and the residuals of each token."""
+    mask, weights, segment_ids, _ = counts
+    if segment_ids is not None:
+        (loss,), residuals = values_of(problem, mask)
+        return reduced(loss, counts), residuals
+    ones = jnp.ones(mask.shape, jnp.promote_types(problem.features.dtype, jnp.float32))
+    weight = reduced(ones, counts).weight
+    if weights is not None:
+        ones = weights.astype(ones.dtype)
+    largest = largest_weight(problem.features.dtype, [ones], mask)
+    total, *residuals = problem.bind(total_p, mask, ones / largest)
+    residuals = jax.lax.stop_gradient(residuals)
+    return WeightedMean(total * largest, weight), residuals
+
+
+def reduced(values: jax.Array, counts: Counts) -> WeightedMean:
+    """The mean of the values of tokens."""
+    mask, weights, segment_ids, num_segments = counts
+    return weighted_mean(
+        values,
+        where=mask,
+        weights=weights,
+        segment_ids=segment_ids,
+        num_segments=num_segments,
+    )
+
+
+# ------------------------------------------------------------------------------ meshes
+
+
+def in_auto(
+    function: Callable[[Named], _Result], arrays: Named, *, of_tokens: bool = False
+) -> _Result:
+    """Calls ``function(arrays)``, with explicit axes of a mesh given to the compiler.
+
+    What shardings the primitives have inside is the compiler's to choose. The result is
+    replicated, or sharded as the tokens are.
+    """
+    for leaf in jax.tree.leaves(arrays):
+        sharding = jax.typeof(leaf).sharding
+        if sharding.mesh.explicit_axes:
+            break
+    else:
+        return function(arrays)
+    mesh = sharding.mesh
+    spec = PartitionSpec()
+    if of_tokens:
+        features = jax.typeof(arrays["features"]).sharding.spec
+        spec = PartitionSpec(*features[:-1])
+    in_auto_mode = jax.sharding.auto_axes(
+        function, axes=mesh.explicit_axes, out_sharding=NamedSharding(mesh, spec)
+    )
+    return cast(_Result, in_auto_mode(arrays))

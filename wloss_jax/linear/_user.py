@@ -1,0 +1,227 @@
+"""`linear_masked`, which makes a loss from features and a kernel of any loss of logits.
+
+What the user's function closes over must become operands of the primitives, which are
+traced when the function's own surroundings are gone. So it is traced once, for one
+token, and what it closes over is what `jax.make_jaxpr` finds; the engine then maps that
+over the tokens of a chunk, of any size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from wloss_jax._checks import (
+    check_array,
+    check_dtype,
+    check_function,
+    check_shape,
+    check_value,
+    describe,
+)
+from wloss_jax._devices import jit_compiled
+from wloss_jax.linear._arguments import (
+    Named,
+    Problem,
+    check_data,
+    check_static,
+    in_auto,
+    mean_of,
+    what_counts,
+)
+from wloss_jax.linear._logits import Arrays, Place
+from wloss_jax.linear._primitives import evaluated
+from wloss_jax.losses._labels import nan_unless
+from wloss_jax.means import WeightedMean
+
+
+@dataclasses.dataclass(frozen=True)
+class UserLoss:
+    """The loss of one token, as a jaxpr; ``shared`` is what the function closes over.
+
+    Its slope is JAX's.
+    """
+
+    jaxpr: Any
+
+    num_outputs = 1
+    num_residuals = 0
+    has_slope = False
+
+    def values(
+        self, logits: jax.Array, arrays: Arrays, shared: Arrays, place: Place
+    ) -> tuple[list[jax.Array], list[jax.Array]]:
+        """The loss of each token."""
+
+        def of_token(*token: jax.Array) -> jax.Array:
+            (value,) = evaluated(self.jaxpr, shared, *(x[None] for x in token))
+            loss: jax.Array = value[0]
+            return loss
+
+        loss = jax.vmap(of_token)(logits, *arrays)
+        # A function may have a derivative where it is NaN, as `jnp.maximum` has, 0.
+        return [loss * nan_unless(~jnp.isnan(loss)).astype(loss.dtype)], []
+
+    def slope(self, *_: Any) -> jax.Array:
+        """There is none: JAX derives it."""
+        raise NotImplementedError
+
+
+def linear_masked(
+    loss_fn: Callable[..., jax.Array],
+) -> Callable[..., WeightedMean]:
+    """Makes a loss from features and a kernel of any loss of logits, without those.
+
+    ``linear_masked(f)(features, kernel, *arrays) = masked(f)(features @ kernel, ...)``
+
+    The engine of `linear_softmax_cross_entropy`, with its memory, skipping and matrix
+    products, for a divergence from a teacher, a focal or margin loss, a cross-entropy
+    of top-k targets, .... The slope of ``loss_fn`` is JAX's, inside of each chunk.
+
+    Each token is by itself: ``loss_fn`` is traced for one token and mapped over the
+    others, so that no result can depend on the size of a chunk. What ``loss_fn`` closes
+    over, a teacher's kernel say, is a constant for gradients; pass by position what has
+    a row for each token, and that may be differentiated.
+
+    Args:
+      loss_fn: ``loss_fn(logits [n, V], *arrays [n, ...]) -> [n]``, the loss of each
+        token; ``logits`` are float32, or float64.
+
+    Returns:
+      A function ``(features [..., D], kernel [D, V], *arrays [..., ...], *, bias=None,
+      where, lengths, weights, segment_ids, num_segments, chunk_size=None)`` that
+      returns a `WeightedMean`; the keywords are those of
+      `linear_softmax_cross_entropy`. A class whose ``bias`` is -infinity has a logit of
+      -infinity, and no gradient.
+
+    Raises:
+      AssertionError: when called with shapes or dtypes that do not fit, or a
+        ``loss_fn`` that does not return one floating value for each token.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import wloss_jax as wl
+      >>> teacher_kernel = jnp.eye(2)
+      >>> def divergence(logits, teacher_features):
+      ...     log_p = jax.nn.log_softmax(logits)
+      ...     log_q = jax.nn.log_softmax(teacher_features @ teacher_kernel)
+      ...     return (jnp.exp(log_q) * (log_q - log_p)).sum(axis=-1)
+      >>> features, kernel = jnp.array([[1.0, 0.0], [0.0, 9.0]]), jnp.zeros((2, 2))
+      >>> distill = wl.linear_masked(divergence)
+      >>> print(f"{distill(features, kernel, features, lengths=1):.4f}")
+      0.1109
+    """
+    check_function("loss_fn", loss_fn)
+
+    def linear_loss(
+        features: ArrayLike,
+        kernel: ArrayLike,
+        *arrays: ArrayLike,
+        bias: ArrayLike | None = None,
+        where: ArrayLike | None = None,
+        lengths: ArrayLike | None = None,
+        weights: ArrayLike | None = None,
+        segment_ids: ArrayLike | None = None,
+        num_segments: int | None = None,
+        chunk_size: int | None = None,
+    ) -> WeightedMean:
+        check_static(chunk_size)
+        x, kernel, bias = check_data(features, kernel, bias)
+        rows = [_check_rows(i, array, x) for i, array in enumerate(arrays)]
+        jaxpr, shared = _traced(loss_fn, x, kernel, rows)
+        given = {
+            "features": x,
+            "kernel": kernel,
+            "bias": bias,
+            "arrays": rows,
+            "shared": shared,
+            "where": where,
+            "lengths": lengths,
+            "weights": weights,
+            "segment_ids": segment_ids,
+        }
+        return _compiled(given, num_segments, UserLoss(jaxpr), chunk_size)
+
+    linear_loss.__name__ = getattr(loss_fn, "__name__", "linear_loss")
+    linear_loss.__doc__ = loss_fn.__doc__
+    return linear_loss
+
+
+@jit_compiled("num_segments", "loss", "chunk_size")
+def _compiled(
+    arrays: Named, num_segments: int | None, loss: UserLoss, chunk_size: int | None
+) -> WeightedMean:
+    def computed(given: Named) -> WeightedMean:
+        features = given["features"]
+        counts = what_counts(
+            features.shape[:-1],
+            given["weights"],
+            given["segment_ids"],
+            num_segments,
+            where=given["where"],
+            lengths=given["lengths"],
+        )
+        problem = Problem(
+            loss,
+            features,
+            given["kernel"],
+            given["bias"],
+            given["arrays"],
+            given["shared"],
+            chunk_size,
+        )
+        mean, _ = mean_of(problem, counts)
+        return mean
+
+    return in_auto(computed, arrays)
+
+
+def _check_rows(i: int, array: ArrayLike, features: jax.Array) -> jax.Array:
+    name = f"array {i}"
+    rows = check_array(name, array)
+    shape = features.shape[:-1]
+    check_value(
+        name,
+        rows.shape[: len(shape)] == shape,
+        f"has shape {rows.shape} and `features` {features.shape}: it must have a row "
+        f"for each token, and begin with {shape}. What all tokens share is for "
+        "`loss_fn` to close over.",
+    )
+    return rows
+
+
+def _traced(
+    loss_fn: Callable[..., jax.Array],
+    features: jax.Array,
+    kernel: jax.Array,
+    rows: list[jax.Array],
+) -> tuple[Any, list[jax.Array]]:
+    """The loss of one token as a jaxpr, and what it closes over."""
+    num_classes, token_ndim = kernel.shape[1], features.ndim - 1
+    dtype = jnp.promote_types(features.dtype, jnp.float32)
+
+    def types(n: int) -> list[jax.ShapeDtypeStruct]:
+        of_rows = [
+            jax.ShapeDtypeStruct((n, *r.shape[token_ndim:]), r.dtype) for r in rows
+        ]
+        return [jax.ShapeDtypeStruct((n, num_classes), dtype), *of_rows]
+
+    # First for some tokens, not as many as there are classes: with one only, axes that
+    # do not fit together would be broadcast.
+    some = 3 if num_classes != 3 else 5
+    values = jax.eval_shape(loss_fn, *types(some))
+    came = f"returned {values}" if not hasattr(values, "shape") else describe(values)
+    due = (
+        f"must return one floating value for each token, [n] for logits [n, V]; for "
+        f"n = {some} and V = {num_classes} it returned {came}."
+    )
+    check_value("loss_fn", hasattr(values, "shape"), due)
+    check_shape("loss_fn", values, (some,), due)
+    check_dtype("loss_fn", values, float, due)
+    closed = jax.make_jaxpr(loss_fn)(*types(1))
+    return closed.jaxpr, [jax.lax.stop_gradient(jnp.asarray(c)) for c in closed.consts]
