@@ -11,14 +11,14 @@ import pytest
 from wloss_jax.linear import _primitives as primitives
 
 
-class Options:
+class Task:
     matmul_precision = None
 
 
-OPTIONS = Options()
+TASK = Task()
 
 
-def cube(x, *, device, options):
+def cube(x, *, device, task):
     assert isinstance(device, primitives.Device)
     return [x**3]
 
@@ -30,7 +30,7 @@ def cube_p():
 
 
 def bind(primitive, *arrays):
-    return primitive.bind(*arrays, options=OPTIONS)
+    return primitive.bind(*arrays, task=TASK)
 
 
 def test_evaluation_outside_of_a_jit(cube_p):
@@ -46,7 +46,7 @@ def test_types_and_lowering(cube_p):
 
 
 def test_lowering_knows_the_platform():
-    def platform(x, *, device, options):
+    def platform(x, *, device, task):
         return [x + {"cpu": 1.0, "cuda": 2.0, "tpu": 3.0}[device.platform]]
 
     platform_p = primitives.make_primitive("platform", platform)
@@ -56,7 +56,7 @@ def test_lowering_knows_the_platform():
 
 
 def test_lowering_knows_the_number_of_devices():
-    def count(x, *, device, options):
+    def count(x, *, device, task):
         return [x + device.num_devices]
 
     count_p = primitives.make_primitive("count", count)
@@ -76,10 +76,10 @@ def test_lowering_knows_the_number_of_devices():
 
 
 def test_jvp_and_symbolic_zeros(cube_p):
-    pair_p = primitives.make_primitive("pair", lambda x, y, *, device, options: [x * y])
+    pair_p = primitives.make_primitive("pair", lambda x, y, *, device, task: [x * y])
     seen = []
 
-    def rule(primals, tangents, *, options):
+    def rule(primals, tangents, *, task):
         seen.append([primitives.is_zero(t) for t in tangents])
         filled = [primitives.filled(t) for t in tangents]
         return bind(pair_p, *primals), [filled[0] * primals[1] + filled[1] * primals[0]]
@@ -90,26 +90,24 @@ def test_jvp_and_symbolic_zeros(cube_p):
     assert seen == [[False, True]]
 
     primitives.on_jvp(
-        cube_p, lambda x, t, *, options: (bind(cube_p, *x), [primitives.zero_like(*x)])
+        cube_p, lambda x, t, *, task: (bind(cube_p, *x), [primitives.zero_like(*x)])
     )
     assert jax.grad(lambda x: bind(cube_p, x)[0])(jnp.float32(2)) == 0
 
 
 def test_transposition():
-    double_p = primitives.make_primitive(
-        "double", lambda x, *, device, options: [2 * x]
-    )
+    double_p = primitives.make_primitive("double", lambda x, *, device, task: [2 * x])
     primitives.on_transpose(
-        double_p, lambda cotangents, x, *, options: bind(double_p, *cotangents)
+        double_p, lambda cotangents, x, *, task: bind(double_p, *cotangents)
     )
     primitives.on_jvp(
-        double_p, lambda x, t, *, options: (bind(double_p, *x), bind(double_p, *t))
+        double_p, lambda x, t, *, task: (bind(double_p, *x), bind(double_p, *t))
     )
     assert jax.grad(lambda x: bind(double_p, x)[0])(jnp.float32(1)) == 2
 
 
 def test_vmap_is_told_the_axis(cube_p):
-    def rule(axis, arrays, dims, *, options):
+    def rule(axis, arrays, dims, *, task):
         assert (axis.name, axis.size) == ("rows", 3)
         return bind(cube_p, *arrays), list(dims)
 

@@ -176,7 +176,8 @@ def _plain_outputs(task: Task, operands: Arrays) -> list[jax.Array]:
     filler = mask.argmax()
 
     def flat(x: jax.Array) -> jax.Array:
-        return x.reshape(-1, *x.shape[given.mask.ndim :])
+        # Outside of a jit, constants may come as NumPy's arrays.
+        return jnp.asarray(x).reshape(-1, *x.shape[given.mask.ndim :])
 
     def safe(valid: jax.Array, x: jax.Array, all_x: jax.Array) -> jax.Array:
         """Repeats a token that counts where one does not, as a constant."""
