@@ -4,6 +4,7 @@
 the table of the other losses, and what each of them must do.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -488,10 +489,29 @@ def test_sharded_arrays_change_nothing(case, kind, spec, with_mesh):
     )
     arrays |= {name: put_on(mesh, arrays[name], spec) for name in {"where", *case.rows}}
     mean = mean_of(case, arrays, **keywords_of(arrays), chunk_size=2)
-    if with_mesh:
-        with jax.set_mesh(mesh):
-            outcome = gradients(mean)(*parts)
-    else:
+    with jax.set_mesh(mesh) if with_mesh else contextlib.nullcontext():
+        outcome = gradients(mean)(*parts)
+    assert_close(outcome, expected(case), rtol=5e-6)
+
+
+@needs_devices
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("with_mesh", [True, False])
+@pytest.mark.parametrize("spec", [P(), P(None, "vocab")])
+def test_what_a_loss_closes_over_may_be_sharded(kind, spec, with_mesh):
+    mesh = jax.make_mesh((2, 2), ("data", "vocab"), axis_types=(kind,) * 2)
+    arrays, case = dict(data()), CASES[0]
+    teacher_kernel = put_on(mesh, TEACHER, spec)
+
+    def loss_fn(logits, teacher):
+        log_p = jax.nn.log_softmax(logits)
+        log_q = jax.nn.log_softmax(teacher @ teacher_kernel)
+        return (jnp.exp(log_q) * (log_q - log_p)).sum(-1)
+
+    changed = dataclasses.replace(case, loss=wl.linear_masked(loss_fn))
+    mean = mean_of(changed, arrays, **keywords_of(arrays), chunk_size=2)
+    parts = [put_on(mesh, x, P()) for x in parts_of(arrays)]
+    with jax.set_mesh(mesh) if with_mesh else contextlib.nullcontext():
         outcome = gradients(mean)(*parts)
     assert_close(outcome, expected(case), rtol=5e-6)
 
@@ -712,6 +732,35 @@ def test_entropy_of_one_class_and_of_many():
     )  # fmt: skip
     assert entropies[0] == 0
     np.testing.assert_allclose(entropies[1], np.log(V), rtol=2e-7)
+
+
+@pytest.mark.parametrize("name", ["cross-entropy", "probabilities", "log_probs"])
+def test_digits_are_kept_beside_large_logits(name):
+    """Logits near 1e4, which are rounded to 1e-3: their differences are exact here."""
+    rng = np.random.default_rng(3)
+    kernel = rng.integers(-8, 9, (2, V)) / 4.0
+    features = rng.integers(-4, 5, (L, 2)) / 4.0
+    bias = np.full(V, 1e4)
+    labels = rng.integers(0, V, L)
+    log_p = np.stack([reference.log_softmax(x) for x in features @ kernel])
+    one_hot = np.eye(V)[labels]
+    q = 0.9 * one_hot + 0.1 / V
+
+    def outcome(x):
+        given = x, kernel.astype(np.float32)
+        more = {"bias": bias.astype(np.float32)}
+        if name == "cross-entropy":
+            loss = wl.linear_softmax_cross_entropy
+            return loss(*given, labels, label_smoothing=0.1, **more).compute()
+        if name == "probabilities":
+            loss = wl.linear_softmax_cross_entropy_with_probabilities
+            return loss(*given, q.astype(np.float32), **more).compute()
+        return -wl.linear_log_probs(*given, labels, **more).mean()
+
+    target = one_hot if name == "log_probs" else q
+    value, gradient = jax.value_and_grad(outcome)(features.astype(np.float32))
+    np.testing.assert_allclose(value, -(target * log_p).sum(-1).mean(), rtol=5e-7)
+    assert_close(gradient, (np.exp(log_p) - target) @ kernel.T / L, rtol=2e-6)
 
 
 def test_gradient_of_probabilities():

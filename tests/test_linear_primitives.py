@@ -123,8 +123,18 @@ def test_what_varies_over_devices():
     def look(x):
         assert primitives.varying(x) == {"data"}
         assert primitives.varying(jnp.zeros(())) == frozenset()
+        like = primitives.varying_type((2,), jnp.float32, frozenset({"data"}))
+        (doubled,) = jax.make_jaxpr(lambda y: 2 * y)(like).out_avals
+        assert primitives.varying(doubled) == {"data"}
         return x
 
     jax.shard_map(look, mesh=mesh, in_specs=spec, out_specs=spec)(
         jnp.zeros(jax.device_count())
     )
+
+
+def test_constants_may_be_changed_afterwards():
+    offset = jnp.arange(3.0)
+    closed = jax.make_jaxpr(lambda x: x * offset)(offset)
+    (product,) = primitives.evaluated(closed.jaxpr, [offset + 1], offset)
+    np.testing.assert_array_equal(product, [0, 2, 6])

@@ -16,6 +16,7 @@ becomes of them. The chapters:
 - `_user`: `linear_masked`, which makes one of any loss of logits;
 - `_arguments`: what those four have in common: arguments, what counts, reductions;
 - `_softmax`: the losses of a chunk's logits, with slopes of their own;
+- `_classes`: what they ask of rows of logits, sharded or not;
 - `_logits`: what a loss of logits is to the engine;
 - `_chunks`: the sweep over the tokens that count;
 - `_programs`: what each primitive computes, by that sweep;

@@ -23,8 +23,9 @@ from wloss_jax.linear._arguments import (
     split_options,
     what_counts,
 )
+from wloss_jax.linear._classes import row_of_label
 from wloss_jax.linear._logits import Place
-from wloss_jax.linear._softmax import CrossEntropy, row_of_label
+from wloss_jax.linear._softmax import CrossEntropy
 from wloss_jax.losses._labels import check_labels, counted_labels
 from wloss_jax.masks import expand_leading
 from wloss_jax.means import WeightedMean
@@ -271,11 +272,12 @@ def _compiled(
             chunk_size,
             vocab_axis_name,
         )
-        mean, (lse, *residuals) = mean_of(problem, counts)
+        mean, (top, log_sum, *residuals) = mean_of(problem, counts)
         if not has_aux:
             return mean, {}
         z_loss = jax.lax.stop_gradient(loss.option("z_loss", problem.shared) or 0.0)
         correct, entropy = residuals[-2:]
+        lse = top + log_sum
         aux = {
             "accuracy": correct,
             "log_sum_exp": lse,

@@ -10,7 +10,8 @@ less public modules is in this file:
 - `jax.interpreters.ad`: the registries of jvp and transposition, and symbolic zeros;
 - `jax.interpreters.batching`: the registry of rules for `jax.vmap` that are told the
   axis (``fancy_primitive_batchers``);
-- ``manual_axis_type`` of the type of an array: over which mapped axes it varies.
+- ``manual_axis_type`` of the type of an array: over which mapped axes it varies;
+- `jax.core.eval_jaxpr`: what `jax.make_jaxpr` made, evaluated with other constants.
 
 When JAX moves one of these, the first tests to fail are those of
 ``tests/test_linear_primitives.py``, each of which uses one.
@@ -125,5 +126,14 @@ def evaluated(jaxpr: Any, consts: Any, *arguments: Any) -> list[Any]:
 
 
 def varying(x: Any) -> frozenset[str]:
+    """The mapped axes over which an array differs."""
     aval = x if isinstance(x, jax.core.ShapedArray) else jax.typeof(x)
     return cast(frozenset[str], aval.manual_axis_type.varying)
+
+
+def varying_type(
+    shape: tuple[int, ...], dtype: Any, axes: frozenset[str]
+) -> jax.ShapeDtypeStruct:
+    """The type of an array that differs over mapped axes."""
+    differs = jax.sharding.ManualAxisType(varying=axes)
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=differs)

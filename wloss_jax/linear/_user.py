@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
 from jax.typing import ArrayLike
 
 from wloss_jax._checks import (
@@ -24,7 +25,7 @@ from wloss_jax._checks import (
     check_value,
     describe,
 )
-from wloss_jax._devices import jit_compiled
+from wloss_jax._devices import jit_compiled, vary
 from wloss_jax.linear._arguments import (
     Named,
     Problem,
@@ -35,7 +36,7 @@ from wloss_jax.linear._arguments import (
     what_counts,
 )
 from wloss_jax.linear._logits import Arrays, Place
-from wloss_jax.linear._primitives import evaluated
+from wloss_jax.linear._primitives import evaluated, varying, varying_type
 from wloss_jax.losses._labels import nan_unless
 from wloss_jax.means import WeightedMean
 
@@ -45,9 +46,17 @@ class UserLoss:
     """The loss of one token, as a jaxpr; ``shared`` is what the function closes over.
 
     Its slope is JAX's.
+
+    Attributes:
+      jaxpr: the loss of ``[1, V]`` logits and rows of one token.
+      varying: the mapped axes that these were traced as differing over.
+      specs: how each of ``shared`` is sharded, if some are by explicit axes of a mesh,
+        so that the function was traced with such; None elsewhere.
     """
 
     jaxpr: Any
+    varying: frozenset[str] = frozenset()
+    specs: tuple[PartitionSpec, ...] | None = None
 
     num_outputs = 1
     num_residuals = 0
@@ -59,13 +68,26 @@ class UserLoss:
         """The loss of each token."""
 
         def of_token(*token: jax.Array) -> jax.Array:
-            (value,) = evaluated(self.jaxpr, shared, *(x[None] for x in token))
+            (value,) = self._evaluated(shared, [x[None] for x in token])
             loss: jax.Array = value[0]
             return loss
 
-        loss = jax.vmap(of_token)(logits, *arrays)
+        axes = tuple(self.varying)
+        loss = jax.vmap(of_token)(*(vary(x, axes) for x in (logits, *arrays)))
         # A function may have a derivative where it is NaN, as `jnp.maximum` has, 0.
         return [loss * nan_unless(~jnp.isnan(loss)).astype(loss.dtype)], []
+
+    def _evaluated(self, shared: Arrays, token: Arrays) -> list[Any]:
+        if self.specs is None:
+            return evaluated(self.jaxpr, shared, *token)
+        names = jax.sharding.get_abstract_mesh().auto_axes
+        explicit = jax.sharding.explicit_axes(
+            lambda shared, token: evaluated(self.jaxpr, shared, *token),
+            axes=names,
+            in_sharding=(self.specs, PartitionSpec()),
+        )
+        values: list[Any] = explicit(tuple(shared), tuple(token))
+        return values
 
     def slope(self, *_: Any) -> jax.Array:
         """There is none: JAX derives it."""
@@ -133,7 +155,7 @@ def linear_masked(
         check_static(chunk_size)
         x, kernel, bias = check_data(features, kernel, bias)
         rows = [_check_rows(i, array, x) for i, array in enumerate(arrays)]
-        jaxpr, shared = _traced(loss_fn, x, kernel, rows)
+        loss, shared = _traced(loss_fn, x, kernel, bias, rows)
         given = {
             "features": x,
             "kernel": kernel,
@@ -145,7 +167,7 @@ def linear_masked(
             "weights": weights,
             "segment_ids": segment_ids,
         }
-        return _compiled(given, num_segments, UserLoss(jaxpr), chunk_size)
+        return _compiled(given, num_segments, loss, chunk_size)
 
     linear_loss.__name__ = getattr(loss_fn, "__name__", "linear_loss")
     linear_loss.__doc__ = loss_fn.__doc__
@@ -199,17 +221,18 @@ def _traced(
     loss_fn: Callable[..., jax.Array],
     features: jax.Array,
     kernel: jax.Array,
+    bias: jax.Array,
     rows: list[jax.Array],
-) -> tuple[Any, list[jax.Array]]:
+) -> tuple[UserLoss, list[jax.Array]]:
     """The loss of one token as a jaxpr, and what it closes over."""
     num_classes, token_ndim = kernel.shape[1], features.ndim - 1
     dtype = jnp.promote_types(features.dtype, jnp.float32)
+    axes = frozenset[str]().union(*map(varying, (features, kernel, bias, *rows)))
 
     def types(n: int) -> list[jax.ShapeDtypeStruct]:
-        of_rows = [
-            jax.ShapeDtypeStruct((n, *r.shape[token_ndim:]), r.dtype) for r in rows
-        ]
-        return [jax.ShapeDtypeStruct((n, num_classes), dtype), *of_rows]
+        shapes: list[tuple[tuple[int, ...], Any]] = [((n, num_classes), dtype)]
+        shapes += [((n, *r.shape[token_ndim:]), r.dtype) for r in rows]
+        return [varying_type(*one, axes) for one in shapes]
 
     # First for some tokens, not as many as there are classes: with one only, axes that
     # do not fit together would be broadcast.
@@ -224,4 +247,15 @@ def _traced(
     check_shape("loss_fn", values, (some,), due)
     check_dtype("loss_fn", values, float, due)
     closed = jax.make_jaxpr(loss_fn)(*types(1))
-    return closed.jaxpr, [jax.lax.stop_gradient(jnp.asarray(c)) for c in closed.consts]
+    specs = None
+    shardings = [jax.typeof(const).sharding for const in closed.consts]
+    mesh = jax.sharding.get_abstract_mesh()
+    if any(sharding.mesh.explicit_axes for sharding in shardings):
+        specs = tuple(sharding.spec for sharding in shardings)
+    elif mesh.explicit_axes:
+        # The engine gives explicit axes to the compiler, and so must what it evaluates.
+        auto = mesh.update_axis_types(dict.fromkeys(mesh.explicit_axes, AxisType.Auto))
+        with jax.sharding.use_abstract_mesh(auto):
+            closed = jax.make_jaxpr(loss_fn)(*types(1))
+    shared = [jax.lax.stop_gradient(jnp.asarray(const)) for const in closed.consts]
+    return UserLoss(closed.jaxpr, axes, specs), shared
