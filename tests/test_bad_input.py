@@ -313,7 +313,8 @@ def linear(features=None, kernel=None, labels=None, **keywords):
     good = (np.ones((B, L, 2), "f"), np.ones((2, V), "f"), INTEGERS)
     given = (features, kernel, labels)
     arrays = [g if x is None else x for x, g in zip(given, good, strict=True)]
-    return wl.linear_softmax_cross_entropy(*arrays, **keywords)
+    loss = keywords.pop("loss", wl.linear_softmax_cross_entropy)
+    return loss(*arrays, **keywords)
 
 
 def ctc(**changes):
@@ -523,6 +524,18 @@ TABLE = {
         lambda: linear(label_smoothing=1.5),
     ),
     "a softcap of 0": ("`softcap`", lambda: linear(softcap=0)),
+    "a temperature of 0": (
+        "`temperature`",
+        lambda: linear(loss=wl.linear_log_probs, temperature=0),
+    ),
+    "linear labels that are no probabilities": (
+        "`labels`",
+        lambda: linear(loss=wl.linear_softmax_cross_entropy_with_probabilities),
+    ),
+    "rows of another batch": (
+        "`array 0`",
+        lambda: linear(loss=wl.linear_masked(np.add), labels=INTEGERS[0]),
+    ),
     "a chunk_size of 0": ("`chunk_size`", lambda: linear(chunk_size=0)),
     "a chunk_size of 2.0": ("`chunk_size`", lambda: linear(chunk_size=2.0)),
     "a chunk_size of a string": ("`chunk_size`", lambda: linear(chunk_size="2")),

@@ -67,7 +67,10 @@ def compiled_by_option(function: _Function) -> _Function:
     return cast(_Function, compiled)
 
 
-_DATA = ("where", "lengths", "weights", "segment_ids", "class_weights", "class_mask")
+_DATA = (
+    *("where", "lengths", "weights", "segment_ids"),
+    *("bias", "class_weights", "class_mask"),
+)
 _STATIC = (bool, int, float, str, tuple, np.generic)
 _ARRAYS = (np.ndarray, jax.Array)
 

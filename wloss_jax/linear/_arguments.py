@@ -7,32 +7,31 @@ token is reduced.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from wloss_jax._checks import (
+    Option,
     check_array,
     check_count,
     check_number,
     check_rank,
-    check_scalar,
     check_shape,
     check_type,
     check_value,
+    is_traced,
 )
+from wloss_jax._counting import WhatCounts
 from wloss_jax._devices import check_mapped
 from wloss_jax.linear import _derivatives, _vmap  # noqa: F401  the primitives' rules
 from wloss_jax.linear._logits import LogitLoss, Task
 from wloss_jax.linear._programs import largest_weight, losses_p, total_p
-from wloss_jax.masks import expand_leading, valid_mask
-from wloss_jax.means import WeightedMean, weighted_mean
+from wloss_jax.means import WeightedMean
 
 Named = dict[str, Any]
 _Result = TypeVar("_Result")
@@ -40,25 +39,28 @@ _Result = TypeVar("_Result")
 
 # ----------------------------------------------------------------------------- options
 
-_LIMITS = {
-    "label_smoothing": (0.0, 1.0),
-    "softcap": (sys.float_info.min, sys.float_info.max),
-    "temperature": (sys.float_info.min, sys.float_info.max),
+_LIMITS: dict[str, dict[str, Any]] = {
+    "label_smoothing": {"low": 0, "high": 1},
+    "softcap": {"low": 0, "strictly": True},
+    "temperature": {"low": 0, "strictly": True},
 }
 # What an option does nothing at, and is left out at.
 _NEUTRAL = {"label_smoothing": 0.0, "z_loss": 0.0, "temperature": 1.0}
 
 
-def split_options(**options: Any) -> tuple[tuple[tuple[str, float], ...], Named]:
+def split_options(
+    **options: Option | None,
+) -> tuple[tuple[tuple[str, float], ...], Named]:
     """Numbers that are compiled in, checked, and scalars that may be traced."""
     fixed, traced = [], {}
     for name, value in options.items():
-        if isinstance(value, jax.Array | np.ndarray):
-            traced[name] = check_scalar(name, value)
-        elif value is not None or name in _NEUTRAL:
-            check_number(name, value, *_LIMITS.get(name, ()))
-            if value != _NEUTRAL.get(name):
-                fixed.append((name, float(value)))
+        if value is None and name not in _NEUTRAL:
+            continue
+        check_number(name, value, **_LIMITS.get(name, {}))
+        if is_traced(value):
+            traced[name] = value
+        elif value != _NEUTRAL.get(name):
+            fixed.append((name, float(cast(float, value))))
     return tuple(fixed), traced
 
 
@@ -131,35 +133,9 @@ def check_class_mask(
     return "shared" if class_mask.ndim == 1 else "arrays", [class_mask]
 
 
-class Counts(NamedTuple):
-    """Which tokens count, how much, and into which segment they go."""
-
-    mask: jax.Array
-    weights: jax.Array | None
-    segment_ids: jax.Array | None
-    num_segments: int | None
-
-
-def what_counts(
-    shape: tuple[int, ...],
-    weights: ArrayLike | None = None,
-    segment_ids: ArrayLike | None = None,
-    num_segments: int | None = None,
-    **keywords: Any,
-) -> Counts:
-    """Works out what counts, once. A weight of exactly 0 is not there."""
-    mask = valid_mask(
-        shape, segment_ids=segment_ids, num_segments=num_segments, **keywords
-    )
-    if mask is None:
-        mask = jnp.ones(shape, bool)
-    if weights is not None:
-        weights = jax.lax.stop_gradient(check_array("weights", weights, float))
-        weights = expand_leading("weights", weights, shape)
-        mask &= weights != 0
-    if segment_ids is not None:
-        segment_ids = check_array("segment_ids", segment_ids, int)
-    return Counts(mask, weights, segment_ids, num_segments)
+def mask_of(counts: WhatCounts) -> jax.Array:
+    """Which tokens count, also where all do."""
+    return jnp.ones(counts.shape, bool) if counts.mask is None else counts.mask
 
 
 # ----------------------------------------------------------------------------- results
@@ -183,7 +159,7 @@ class Problem(NamedTuple):
             self.loss,
             len(self.arrays),
             len(self.shared),
-            self.chunk_size,
+            None if self.chunk_size is None else int(self.chunk_size),
             self.vocab_axis_name,
             cast(Any, jax.config).jax_default_matmul_precision,
         )
@@ -202,32 +178,27 @@ def values_of(
     return values[:num_outputs], residuals
 
 
-def mean_of(problem: Problem, counts: Counts) -> tuple[WeightedMean, list[jax.Array]]:
+def mean_of(
+    problem: Problem, counts: WhatCounts
+) -> tuple[WeightedMean, list[jax.Array]]:
     """The mean of the loss, and the residuals of each token."""
-    mask, weights, segment_ids, _ = counts
-    if segment_ids is not None:
+    mask = mask_of(counts)
+    if counts.segment_ids is not None:
         (loss,), residuals = values_of(problem, mask)
         return reduced(loss, counts), residuals
-    ones = jnp.ones(mask.shape, jnp.promote_types(problem.features.dtype, jnp.float32))
-    weight = reduced(ones, counts).weight
-    if weights is not None:
-        ones = weights.astype(ones.dtype)
-    largest = largest_weight(problem.features.dtype, [ones], mask)
-    total, *residuals = problem.bind(total_p, mask, ones / largest)
+    weights = jnp.ones(mask.shape, jnp.promote_types(problem.features.dtype, "float32"))
+    weight = reduced(weights, counts).weight
+    if counts.weights is not None:
+        weights = counts.weights.astype(weight.dtype)
+    largest = largest_weight(problem.features.dtype, [weights], mask)
+    total, *residuals = problem.bind(total_p, mask, weights / largest)
     residuals = jax.lax.stop_gradient(residuals)
     return WeightedMean(total * largest, weight), residuals
 
 
-def reduced(values: jax.Array, counts: Counts) -> WeightedMean:
+def reduced(values: jax.Array, counts: WhatCounts) -> WeightedMean:
     """The mean of the values of tokens."""
-    mask, weights, segment_ids, num_segments = counts
-    return weighted_mean(
-        values,
-        where=mask,
-        weights=weights,
-        segment_ids=segment_ids,
-        num_segments=num_segments,
-    )
+    return WeightedMean(*counts.add_up(values))
 
 
 # ------------------------------------------------------------------------------ meshes

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from wloss_jax._checks import check_array, check_flag, check_shape
-from wloss_jax._devices import jit_compiled
+from wloss_jax._checks import Option, check_array, check_flag, check_shape
+from wloss_jax._counting import check_weights, what_counts
+from wloss_jax._devices import compiled_by_option
 from wloss_jax.linear._arguments import (
     Named,
     Problem,
@@ -21,7 +22,6 @@ from wloss_jax.linear._arguments import (
     reduced,
     scalars,
     split_options,
-    what_counts,
 )
 from wloss_jax.linear._classes import row_of_label
 from wloss_jax.linear._logits import Place
@@ -44,9 +44,9 @@ def linear_softmax_cross_entropy(
     segment_ids: ArrayLike | None = None,
     num_segments: int | None = None,
     ignore_index: int | None = None,
-    label_smoothing: ArrayLike = 0.0,
-    z_loss: ArrayLike = 0.0,
-    softcap: ArrayLike | None = None,
+    label_smoothing: Option = 0.0,
+    z_loss: Option = 0.0,
+    softcap: Option | None = None,
     class_weights: ArrayLike | None = None,
     class_mask: ArrayLike | None = None,
     has_aux: Literal[False] = False,
@@ -68,9 +68,9 @@ def linear_softmax_cross_entropy(
     segment_ids: ArrayLike | None = None,
     num_segments: int | None = None,
     ignore_index: int | None = None,
-    label_smoothing: ArrayLike = 0.0,
-    z_loss: ArrayLike = 0.0,
-    softcap: ArrayLike | None = None,
+    label_smoothing: Option = 0.0,
+    z_loss: Option = 0.0,
+    softcap: Option | None = None,
     class_weights: ArrayLike | None = None,
     class_mask: ArrayLike | None = None,
     has_aux: Literal[True],
@@ -79,6 +79,7 @@ def linear_softmax_cross_entropy(
 ) -> tuple[WeightedMean, dict[str, WeightedMean]]: ...
 
 
+@compiled_by_option
 def linear_softmax_cross_entropy(
     features: ArrayLike,
     kernel: ArrayLike,
@@ -91,9 +92,9 @@ def linear_softmax_cross_entropy(
     segment_ids: ArrayLike | None = None,
     num_segments: int | None = None,
     ignore_index: int | None = None,
-    label_smoothing: ArrayLike = 0.0,
-    z_loss: ArrayLike = 0.0,
-    softcap: ArrayLike | None = None,
+    label_smoothing: Option = 0.0,
+    z_loss: Option = 0.0,
+    softcap: Option | None = None,
     class_weights: ArrayLike | None = None,
     class_mask: ArrayLike | None = None,
     has_aux: bool = False,
@@ -191,52 +192,10 @@ def linear_softmax_cross_entropy(
       Models, 2024; the sharded vocabulary: Shoeybi et al., Megatron-LM, 2019.
     """
     check_flag("has_aux", has_aux)
+    check_static(chunk_size, vocab_axis_name)
     fixed, traced = split_options(
         label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap
     )
-    arrays = {
-        "features": features,
-        "kernel": kernel,
-        "labels": labels,
-        "bias": bias,
-        "where": where,
-        "lengths": lengths,
-        "weights": weights,
-        "segment_ids": segment_ids,
-        "class_weights": class_weights,
-        "class_mask": class_mask,
-        "traced": traced,
-    }
-    loss, aux = _compiled(
-        arrays,
-        num_segments,
-        ignore_index,
-        fixed,
-        bool(has_aux),
-        chunk_size,
-        vocab_axis_name,
-    )
-    return (loss, aux) if has_aux else loss
-
-
-@jit_compiled(
-    "num_segments",
-    "ignore_index",
-    "fixed",
-    "has_aux",
-    "chunk_size",
-    "vocab_axis_name",
-)
-def _compiled(
-    arrays: Named,
-    num_segments: int | None,
-    ignore_index: int | None,
-    fixed: tuple[tuple[str, float], ...],
-    has_aux: bool,
-    chunk_size: int | None,
-    vocab_axis_name: str | None,
-) -> tuple[WeightedMean, dict[str, WeightedMean]]:
-    check_static(chunk_size, vocab_axis_name)
 
     def computed(given: Named) -> tuple[WeightedMean, dict[str, WeightedMean]]:
         features, kernel, bias = check_data(
@@ -255,13 +214,13 @@ def _compiled(
         )
         counts = what_counts(
             labels.shape,
-            weights,
-            given["segment_ids"],
-            num_segments,
             where=where,
             lengths=given["lengths"],
+            weights=weights,
+            segment_ids=given["segment_ids"],
+            num_segments=num_segments,
         )
-        loss = CrossEntropy(fixed, tuple(traced), of_mask, has_aux)
+        loss = CrossEntropy(fixed, tuple(traced), of_mask, bool(has_aux))
         problem = Problem(
             loss,
             features,
@@ -286,7 +245,21 @@ def _compiled(
         }
         return mean, {name: reduced(values, counts) for name, values in aux.items()}
 
-    return in_auto(computed, arrays)
+    arrays = {
+        "features": features,
+        "kernel": kernel,
+        "labels": labels,
+        "bias": bias,
+        "where": where,
+        "lengths": lengths,
+        "weights": weights,
+        "segment_ids": segment_ids,
+        "class_weights": class_weights,
+        "class_mask": class_mask,
+        "traced": traced,
+    }
+    mean, aux = in_auto(computed, arrays)
+    return (mean, aux) if has_aux else mean
 
 
 def _own_class_weights(
@@ -311,5 +284,4 @@ def _own_class_weights(
     own = row_of_label(class_weights.astype(dtype), labels, place)
     if weights is None:
         return own
-    weights = check_array("weights", weights, float)
-    return own * expand_leading("weights", weights, labels.shape)
+    return own * expand_leading("weights", check_weights(weights), labels.shape)

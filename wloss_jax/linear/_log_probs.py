@@ -7,18 +7,19 @@ from typing import Literal, overload
 import jax
 from jax.typing import ArrayLike
 
-from wloss_jax._checks import check_flag
-from wloss_jax._devices import jit_compiled
+from wloss_jax._checks import Option, check_flag
+from wloss_jax._counting import what_counts
+from wloss_jax._devices import compiled_by_option
 from wloss_jax.linear._arguments import (
     Named,
     Problem,
     check_data,
     check_static,
     in_auto,
+    mask_of,
     scalars,
     split_options,
     values_of,
-    what_counts,
 )
 from wloss_jax.linear._softmax import LogProbs
 from wloss_jax.losses._labels import check_labels, counted_labels
@@ -34,8 +35,8 @@ def linear_log_probs(
     where: ArrayLike | None = None,
     lengths: ArrayLike | None = None,
     ignore_index: int | None = None,
-    temperature: ArrayLike = 1.0,
-    softcap: ArrayLike | None = None,
+    temperature: Option = 1.0,
+    softcap: Option | None = None,
     with_entropy: Literal[False] = False,
     chunk_size: int | None = None,
     vocab_axis_name: str | None = None,
@@ -52,14 +53,15 @@ def linear_log_probs(
     where: ArrayLike | None = None,
     lengths: ArrayLike | None = None,
     ignore_index: int | None = None,
-    temperature: ArrayLike = 1.0,
-    softcap: ArrayLike | None = None,
+    temperature: Option = 1.0,
+    softcap: Option | None = None,
     with_entropy: Literal[True],
     chunk_size: int | None = None,
     vocab_axis_name: str | None = None,
 ) -> tuple[jax.Array, jax.Array]: ...
 
 
+@compiled_by_option
 def linear_log_probs(
     features: ArrayLike,
     kernel: ArrayLike,
@@ -69,8 +71,8 @@ def linear_log_probs(
     where: ArrayLike | None = None,
     lengths: ArrayLike | None = None,
     ignore_index: int | None = None,
-    temperature: ArrayLike = 1.0,
-    softcap: ArrayLike | None = None,
+    temperature: Option = 1.0,
+    softcap: Option | None = None,
     with_entropy: bool = False,
     chunk_size: int | None = None,
     vocab_axis_name: str | None = None,
@@ -122,32 +124,8 @@ def linear_log_probs(
       [-1.3862944 -1.3862944  0.       ]
     """
     check_flag("with_entropy", with_entropy)
-    fixed, traced = split_options(temperature=temperature, softcap=softcap)
-    arrays = {
-        "features": features,
-        "kernel": kernel,
-        "labels": labels,
-        "bias": bias,
-        "where": where,
-        "lengths": lengths,
-        "traced": traced,
-    }
-    outputs = _compiled(
-        arrays, ignore_index, fixed, bool(with_entropy), chunk_size, vocab_axis_name
-    )
-    return (outputs[0], outputs[1]) if with_entropy else outputs[0]
-
-
-@jit_compiled("ignore_index", "fixed", "with_entropy", "chunk_size", "vocab_axis_name")
-def _compiled(
-    arrays: Named,
-    ignore_index: int | None,
-    fixed: tuple[tuple[str, float], ...],
-    with_entropy: bool,
-    chunk_size: int | None,
-    vocab_axis_name: str | None,
-) -> list[jax.Array]:
     check_static(chunk_size, vocab_axis_name)
+    fixed, traced = split_options(temperature=temperature, softcap=softcap)
 
     def computed(given: Named) -> list[jax.Array]:
         features, kernel, bias = check_data(
@@ -159,7 +137,7 @@ def _compiled(
             where = counted_labels(labels, ignore_index, where)
         counts = what_counts(labels.shape, where=where, lengths=given["lengths"])
         problem = Problem(
-            LogProbs(fixed, tuple(traced), None, with_entropy),
+            LogProbs(fixed, tuple(traced), None, bool(with_entropy)),
             features,
             kernel,
             bias,
@@ -168,7 +146,17 @@ def _compiled(
             chunk_size,
             vocab_axis_name,
         )
-        outputs, _ = values_of(problem, counts.mask)
+        outputs, _ = values_of(problem, mask_of(counts))
         return outputs
 
-    return in_auto(computed, arrays, of_tokens=True)
+    arrays = {
+        "features": features,
+        "kernel": kernel,
+        "labels": labels,
+        "bias": bias,
+        "where": where,
+        "lengths": lengths,
+        "traced": traced,
+    }
+    outputs = in_auto(computed, arrays, of_tokens=True)
+    return (outputs[0], outputs[1]) if with_entropy else outputs[0]

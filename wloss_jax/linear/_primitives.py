@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 
@@ -135,5 +136,12 @@ def varying_type(
     shape: tuple[int, ...], dtype: Any, axes: frozenset[str]
 ) -> jax.ShapeDtypeStruct:
     """The type of an array that differs over mapped axes."""
-    differs = jax.sharding.ManualAxisType(varying=axes)
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=differs)
+    if not axes:
+        return jax.ShapeDtypeStruct(shape, dtype)
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.ShapeDtypeStruct(
+        shape,
+        dtype,
+        sharding=NamedSharding(cast(Any, mesh), PartitionSpec()),
+        manual_axis_type=jax.sharding.ManualAxisType(varying=axes),
+    )

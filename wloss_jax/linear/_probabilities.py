@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from jax.typing import ArrayLike
 
-from wloss_jax._checks import check_array, check_shape
-from wloss_jax._devices import jit_compiled
+from wloss_jax._checks import Option, check_array, check_shape
+from wloss_jax._counting import what_counts
+from wloss_jax._devices import compiled_by_option
 from wloss_jax.linear._arguments import (
     Named,
     Problem,
@@ -16,12 +17,12 @@ from wloss_jax.linear._arguments import (
     mean_of,
     scalars,
     split_options,
-    what_counts,
 )
 from wloss_jax.linear._softmax import SoftCrossEntropy
 from wloss_jax.means import WeightedMean
 
 
+@compiled_by_option
 def linear_softmax_cross_entropy_with_probabilities(
     features: ArrayLike,
     kernel: ArrayLike,
@@ -33,9 +34,9 @@ def linear_softmax_cross_entropy_with_probabilities(
     weights: ArrayLike | None = None,
     segment_ids: ArrayLike | None = None,
     num_segments: int | None = None,
-    label_smoothing: ArrayLike = 0.0,
-    z_loss: ArrayLike = 0.0,
-    softcap: ArrayLike | None = None,
+    label_smoothing: Option = 0.0,
+    z_loss: Option = 0.0,
+    softcap: Option | None = None,
     class_mask: ArrayLike | None = None,
     chunk_size: int | None = None,
     vocab_axis_name: str | None = None,
@@ -92,33 +93,10 @@ def linear_softmax_cross_entropy_with_probabilities(
       >>> print(f"{loss.compute():.4f}")
       1.3863
     """
+    check_static(chunk_size, vocab_axis_name)
     fixed, traced = split_options(
         label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap
     )
-    arrays = {
-        "features": features,
-        "kernel": kernel,
-        "labels": labels,
-        "bias": bias,
-        "where": where,
-        "lengths": lengths,
-        "weights": weights,
-        "segment_ids": segment_ids,
-        "class_mask": class_mask,
-        "traced": traced,
-    }
-    return _compiled(arrays, num_segments, fixed, chunk_size, vocab_axis_name)
-
-
-@jit_compiled("num_segments", "fixed", "chunk_size", "vocab_axis_name")
-def _compiled(
-    arrays: Named,
-    num_segments: int | None,
-    fixed: tuple[tuple[str, float], ...],
-    chunk_size: int | None,
-    vocab_axis_name: str | None,
-) -> WeightedMean:
-    check_static(chunk_size, vocab_axis_name)
 
     def computed(given: Named) -> WeightedMean:
         features, kernel, bias = check_data(
@@ -138,11 +116,11 @@ def _compiled(
         )
         counts = what_counts(
             expected[:-1],
-            given["weights"],
-            given["segment_ids"],
-            num_segments,
             where=given["where"],
             lengths=given["lengths"],
+            weights=given["weights"],
+            segment_ids=given["segment_ids"],
+            num_segments=num_segments,
         )
         traced = given["traced"]
         problem = Problem(
@@ -158,4 +136,16 @@ def _compiled(
         mean, _ = mean_of(problem, counts)
         return mean
 
+    arrays = {
+        "features": features,
+        "kernel": kernel,
+        "labels": labels,
+        "bias": bias,
+        "where": where,
+        "lengths": lengths,
+        "weights": weights,
+        "segment_ids": segment_ids,
+        "class_mask": class_mask,
+        "traced": traced,
+    }
     return in_auto(computed, arrays)

@@ -62,9 +62,12 @@ def gradients_of_tokens(
 
     def step(valid: jax.Array, x: jax.Array, *rows: jax.Array) -> Any:
         arrays, rows = rows[:num_arrays], rows[num_arrays:]
-        weights = [jnp.where(valid, w, 0) / largest for w in rows[:num_outputs]]
         residuals = list(rows[num_outputs:])
         logits = logits_of(x, kernel, given.bias)
+        weights = [
+            (jnp.where(valid, w, 0) / largest).astype(logits.dtype)
+            for w in rows[:num_outputs]
+        ]
         values: list[jax.Array] = []
         others: list[jax.Array] = []
         if loss.has_slope and not any(of_others):

@@ -25,6 +25,7 @@ from wloss_jax._checks import (
     check_value,
     describe,
 )
+from wloss_jax._counting import what_counts
 from wloss_jax._devices import jit_compiled, vary
 from wloss_jax.linear._arguments import (
     Named,
@@ -33,7 +34,6 @@ from wloss_jax.linear._arguments import (
     check_static,
     in_auto,
     mean_of,
-    what_counts,
 )
 from wloss_jax.linear._logits import Arrays, Place
 from wloss_jax.linear._primitives import evaluated, varying, varying_type
@@ -182,11 +182,11 @@ def _compiled(
         features = given["features"]
         counts = what_counts(
             features.shape[:-1],
-            given["weights"],
-            given["segment_ids"],
-            num_segments,
             where=given["where"],
             lengths=given["lengths"],
+            weights=given["weights"],
+            segment_ids=given["segment_ids"],
+            num_segments=num_segments,
         )
         problem = Problem(
             loss,
