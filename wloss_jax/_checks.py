@@ -27,11 +27,23 @@ from jax.typing import ArrayLike
 Option = float | jax.Array
 
 
-class ArgumentValueError(AssertionError, ValueError):
+class _ArgumentError(AssertionError):
+    """An error whose message stays the last line of its traceback."""
+
+    def add_note(self, note: str) -> None:
+        """Adds a note, but for JAX's on the frames that it leaves out.
+
+        It would come below the message, and the last line is what people read.
+        """
+        if "JAX has removed its internal frames" not in note:
+            super().add_note(note)
+
+
+class ArgumentValueError(_ArgumentError, ValueError):
     """An argument of the right type whose value, shape or rank does not fit."""
 
 
-class ArgumentTypeError(AssertionError, TypeError):
+class ArgumentTypeError(_ArgumentError, TypeError):
     """An argument of the wrong type or dtype."""
 
 

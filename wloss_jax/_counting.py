@@ -13,11 +13,12 @@ from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
+from jax.lax import convert_element_type as convert
 from jax.typing import ArrayLike
 
 from wloss_jax._checks import check_array, check_type, describe
-from wloss_jax._sums import count_by_segment, is_below, sum_by_segment
-from wloss_jax.masks import expand_leading, valid_mask
+from wloss_jax._sums import count_by_segment, is_below, sum_by_segment, sum_over
+from wloss_jax.masks import expand_leading, make_safe, valid_mask
 
 
 class Reduction(TypedDict, total=False):
@@ -65,20 +66,19 @@ class WhatCounts:
         dtype = jnp.result_type(values, jnp.float32)
         if self.weights is not None:
             dtype = jnp.result_type(dtype, self.weights)
-        values = values.astype(dtype)
+        values = convert(values, dtype)
         if self.mask is not None:
-            values = jnp.where(self.mask, values, 0)
+            values = make_safe(values, self.mask)
         if self.weights is None:
             return self._sum(values), self._count(dtype)
-        weights = self.weights.astype(dtype)
+        weights = convert(self.weights, dtype)
         if self.mask is not None:
-            weights = jnp.where(self.mask, weights, 0)
+            weights = make_safe(weights, self.mask)
         return self._sum(values * weights), self._sum(weights)
 
     def _sum(self, x: jax.Array) -> jax.Array:
         if self.segment_ids is None or self.num_segments is None:
-            total: jax.Array = x.sum()
-            return total
+            return sum_over(x, range(x.ndim))
         return sum_by_segment(x, self.segment_ids, self.num_segments)
 
     def _count(self, dtype: Any) -> jax.Array:
@@ -163,16 +163,16 @@ def _count_mask(mask: jax.Array, dtype: Any) -> jax.Array:
     few = math.gcd(size, 16) if is_below(size, 2**62) else 1
 
     def few_at_a_time(mask: jax.Array) -> jax.Array:
-        groups = mask.reshape(*rows, few, size // few)
-        counts = groups.sum(-2, dtype=jnp.uint8).astype(jnp.int32)
-        return _add_counts(counts, few, dtype)
+        groups = jax.lax.reshape(mask, (*rows, few, size // few))
+        counts = sum_over(convert(groups, jnp.uint8), [len(rows)])
+        return _add_counts(convert(counts, jnp.int32), few, dtype)
 
     def row_by_row(mask: jax.Array) -> jax.Array:
         if not is_below(size, 2**31):
-            return mask.sum(dtype=dtype)
+            return sum_over(convert(mask, dtype), range(mask.ndim))
         exact = jnp.float32 if is_below(size, 2**24 + 1) else jnp.int32
-        counts = mask.reshape(*rows, size).sum(-1, dtype=exact).astype(jnp.int32)
-        return _add_counts(counts, size, dtype)
+        counts = sum_over(convert(mask, exact), [len(rows)] if mask.ndim else [])
+        return _add_counts(convert(counts, jnp.int32), size, dtype)
 
     count: jax.Array = jax.lax.platform_dependent(
         mask, cpu=few_at_a_time, default=row_by_row
@@ -206,14 +206,13 @@ def _add_counts(
     A floating number has all digits of a count up to 2**24, and is right to rounding
     beyond.
     """
-    total: jax.Array
     if is_below(counts.size * most * times, 2**31):
-        total = counts.sum() * times
-        return total.astype(dtype)
+        total = sum_over(counts, range(counts.ndim))
+        return convert(total if times == 1 else total * times, dtype)
     fitting = [
         axis
         for axis in range(counts.ndim)
         if is_below(math.prod(counts.shape[axis:]) * most, 2**31)
     ]
-    total = counts.sum(fitting).astype(dtype).sum() * _in_float(times, dtype)
-    return total
+    fitted = convert(sum_over(counts, fitting), dtype)
+    return sum_over(fitted, range(fitted.ndim)) * _in_float(times, dtype)

@@ -15,12 +15,25 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from wloss_jax._devices import left_to_compiler
+
+# -------------------------------------------------------------------------- of all
+
+
+def sum_over(array: jax.Array, axes: Iterable[int]) -> jax.Array:
+    """Adds up ``axes``, in the dtype of ``array``.
+
+    It is what `jnp.sum` does, without a jit of its own, and the time to trace one.
+    """
+    total: jax.Array = jax.lax.reduce_sum(array, tuple(axes))
+    return total
+
 
 # --------------------------------------------------------------------- by segment
 

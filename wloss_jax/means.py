@@ -267,11 +267,12 @@ def _merge(m: WeightedMean, *, axis: int | tuple[int, ...] | None) -> WeightedMe
 def _divide(m: WeightedMean, empty: jax.Array) -> jax.Array:
     weight, total = jax.lax.stop_gradient((m.weight, m.total))
     no_weight = weight == 0
-    mean = m.total / jnp.where(no_weight, jnp.ones_like(weight), weight)
+    mean = m.total / jax.lax.select(no_weight, jnp.ones_like(weight), weight)
     # Chosen by the weight alone, so that the slope of a mean is known from it, and the
     # compiler drops the model where only slopes are wanted.
-    shown = jnp.where(total == 0, jnp.asarray(empty, mean.dtype), total * math.inf)
-    return jnp.where(no_weight, shown, mean)
+    empty = jnp.broadcast_to(jnp.asarray(empty, mean.dtype), mean.shape)
+    shown = jax.lax.select(total == 0, empty, total * math.inf)
+    return jax.lax.select(no_weight, shown, mean)
 
 
 def _refuse(m: object, *_: object) -> Any:
