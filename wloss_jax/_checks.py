@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeGuard, cast
 
 import chex
@@ -215,16 +215,43 @@ def check_count(name: str, value: object, at_least: int = 0) -> int:
     return int(cast(int, value))
 
 
-def check_keywords(signature: inspect.Signature, keywords: Mapping[str, Any]) -> None:
-    """Checks that there are such keywords; names ours for those of other libraries."""
+def check_keywords(
+    signature: inspect.Signature,
+    keywords: Mapping[str, Any],
+    arrays: Sequence[Any] = (),
+) -> None:
+    """Checks that there are such keywords; names ours for those of other libraries.
+
+    And that no more ``arrays`` come by position than there are.
+    """
     parameters = signature.parameters
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return
-    for name in keywords:
-        if name not in parameters:
-            known = [p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY]
-            mend = _HABITS.get(name, f"the keywords are {', '.join(known)}.")
-            raise ArgumentTypeError(f"`{name}` is no argument here: {mend}")
+    unknown = [name for name in keywords if name not in parameters]
+    kinds = {p.kind for p in parameters.values()}
+    if unknown and inspect.Parameter.VAR_KEYWORD not in kinds:
+        name = unknown[0]
+        mend = _HABITS.get(name, f"the keywords are {_by_keyword(signature)}.")
+        raise ArgumentTypeError(f"`{name}` is no argument here: {mend}")
+    if inspect.Parameter.VAR_POSITIONAL not in kinds:
+        names = [p.name for p in parameters.values() if p.kind in _POSITIONAL]
+        check_type(
+            ", ".join(names),
+            len(arrays) <= len(names),
+            lambda: (
+                f"are the positional arguments, {len(names)}; got {len(arrays)}. What "
+                f"comes after them goes by keyword: {_by_keyword(signature)}."
+            ),
+        )
+
+
+_POSITIONAL = (
+    inspect.Parameter.POSITIONAL_ONLY,
+    inspect.Parameter.POSITIONAL_OR_KEYWORD,
+)
+
+
+def _by_keyword(signature: inspect.Signature) -> str:
+    parameters = signature.parameters.values()
+    return ", ".join(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
 
 
 _WHERE = "which elements count is said by `where`, bool, True for those that do."

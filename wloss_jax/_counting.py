@@ -137,14 +137,16 @@ def what_counts(
     )
 
 
-def check_weights(weights: ArrayLike, name: str = "weights") -> jax.Array:
+def check_weights(
+    weights: ArrayLike, name: str = "weights", mask: str = "where"
+) -> jax.Array:
     """Checks how much elements count: floating, or whole numbers of times."""
     array = check_array(name, weights)
     check_type(
         name,
         array.dtype != jnp.bool_,
         f"is {describe(array)}, which says whether an element counts, not how much: "
-        "pass it as `where`.",
+        f"pass it as `{mask}`.",
     )
     if not jnp.issubdtype(array.dtype, jnp.floating):
         array = array.astype(jnp.float32)

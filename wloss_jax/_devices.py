@@ -53,7 +53,7 @@ def compiled_by_option(function: _Function) -> _Function:
 
     @functools.wraps(function)
     def compiled(*args: Any, **kwargs: Any) -> Any:
-        check_keywords(signature, kwargs)
+        check_keywords(signature, kwargs, args)
         given = [name for name in options if name in kwargs]
         for name in given:
             check_type(

@@ -17,9 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from wloss_jax._arithmetic import refuse, without_arithmetic
 from wloss_jax._checks import (
-    ArgumentTypeError,
-    ArgumentValueError,
     check_array,
     check_axis,
     check_function,
@@ -36,6 +35,10 @@ from wloss_jax._devices import (
 )
 
 
+@without_arithmetic(
+    "It takes no arithmetic but `+` with another. To weigh the terms of a loss, pass "
+    "`coefficients` to `wloss_jax.value_and_grad`; for another formula, `combine`."
+)
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, eq=False, repr=False, init=False)
 class WeightedMean:
@@ -67,9 +70,6 @@ class WeightedMean:
     total: jax.Array
     weight: jax.Array
 
-    # NumPy and JAX leave what they do not know to the operators below.
-    __array_ufunc__ = None
-
     def __init__(self, total: ArrayLike, weight: ArrayLike):
         total, weight = _as_sum("total", total), _as_sum("weight", weight)
         check_value(
@@ -89,7 +89,7 @@ class WeightedMean:
 
     def __add__(self, other: WeightedMean) -> WeightedMean:
         if not isinstance(other, WeightedMean):
-            return cast(WeightedMean, _refuse(self, other))
+            refuse(self)
         check_value(
             "total",
             self.total.shape == other.total.shape,
@@ -102,7 +102,7 @@ class WeightedMean:
         # `sum` starts from the integer 0.
         if type(other) is int and other == 0:
             return self
-        return cast(WeightedMean, _refuse(self, other))
+        refuse(self)
 
     def merge(self, axis: int | tuple[int, ...] | None = None) -> WeightedMean:
         """Adds up batch axes, all of them by default: a [B] of means becomes one.
@@ -273,35 +273,6 @@ def _divide(m: WeightedMean, empty: jax.Array) -> jax.Array:
     empty = jnp.broadcast_to(jnp.asarray(empty, mean.dtype), mean.shape)
     shown = jax.lax.select(total == 0, empty, total * math.inf)
     return jax.lax.select(no_weight, shown, mean)
-
-
-def _refuse(m: object, *_: object) -> Any:
-    """Says what to do instead, for the arithmetic that a mean not divided lacks."""
-    raise ArgumentTypeError(
-        "`WeightedMean` is a total and a weight, not divided yet, and takes no "
-        "arithmetic but `+` with another: `.compute()` gives its mean, an array. To "
-        "weigh the terms of a loss, pass `coefficients` to `wloss_jax.value_and_grad`; "
-        "for any other formula of means, `combine`."
-    )
-
-
-def _refuse_array(m: object) -> Any:
-    """Says what to do where JAX or NumPy looks for an array."""
-    # No TypeError, which `jax.grad` would put a message of its own in place of.
-    raise ArgumentValueError(
-        "`WeightedMean` is no array: `.compute()` gives its mean, an array. For the "
-        "gradient of a loss that returns one, use `wloss_jax.value_and_grad`."
-    )
-
-
-for _operator in ("sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow"):
-    for _name in (f"__{_operator}__", f"__r{_operator}__"):
-        setattr(WeightedMean, _name, _refuse)
-for _operator in ("neg", "pos", "abs", "lt", "le", "gt", "ge"):
-    setattr(WeightedMean, f"__{_operator}__", _refuse)
-for _operator in ("jax_array", "array"):
-    # Not methods: JAX looks whether there is one, and complains of it in its own words.
-    setattr(WeightedMean, f"__{_operator}__", property(_refuse_array))
 
 
 @compiled_by_option

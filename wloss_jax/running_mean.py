@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from wloss_jax._arithmetic import without_arithmetic
 from wloss_jax._checks import check_type, check_value
 from wloss_jax._devices import (
     jit_compiled,
@@ -24,6 +25,9 @@ from wloss_jax._devices import (
 from wloss_jax.means import WeightedMean
 
 
+@without_arithmetic(
+    "`.update(m)` adds a `WeightedMean`, `.merge(other)` another `RunningMean`."
+)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class RunningMean:
@@ -151,6 +155,12 @@ class RunningMean:
         )
         total, weight = total + total_low, weight + weight_low
         return (total, weight) if total.ndim else (float(total), float(weight))
+
+    def __float__(self) -> float:
+        return float(WeightedMean(self.total, self.weight))
+
+    def __format__(self, spec: str) -> str:
+        return format(float(self), spec) if spec else str(self)
 
     def __repr__(self) -> str:
         try:

@@ -72,7 +72,7 @@ def own_class_weights(
     weights: ArrayLike | None,
 ) -> jax.Array:
     """Folds the weight of each element's own class into ``weights``."""
-    class_weights = check_array("class_weights", class_weights, float)
+    class_weights = check_weights(class_weights, "class_weights", "class_mask")
     check_shape(
         "class_weights",
         class_weights,

@@ -108,7 +108,7 @@ def guarded(
 
     @functools.wraps(loss_fn)
     def masked_loss(*arrays: ArrayLike, **keywords: Any) -> WeightedMean:
-        check_keywords(signature, keywords)
+        check_keywords(signature, keywords, arrays)
         reduction = {k: v for k, v in keywords.items() if k in SHARED}
         options = {k: v for k, v in keywords.items() if k not in SHARED}
         data = _check_data(_name_all(names, arrays), arrays, event_ndim)
@@ -173,6 +173,7 @@ def per_sample(loss: Callable[..., WeightedMean]) -> Callable[..., WeightedMean]
             if name in positional or name in names or name in _MAPPED
             if name not in _UNMAPPED and value is not None
         }
+        check_value((names or ["predictions"])[0], bool(mapped), "is missing.")
         _check_batch({name: array.shape for name, array in mapped.items()})
         shared = {k: v for k, v in keywords.items() if k not in mapped}
 
@@ -291,7 +292,8 @@ def event_last(axis: Axis, **arrays: ArrayLike) -> list[jax.Array]:
         check_value(
             f"{name}",
             array.shape == first.shape,
-            f"and `{first_name}` must have the same shape.",
+            f"has shape {array.shape} and `{first_name}` {first.shape}: they must be "
+            "the same.",
         )
     check_rank(
         f"{first_name}",

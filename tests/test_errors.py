@@ -1,0 +1,229 @@
+"""What habits from other libraries run into: errors that say what it is called here.
+
+`test_bad_input` holds that a mistake is an error that names the argument; this, what
+the last line of its traceback reads, and that it says the mend.
+"""
+
+import inspect
+import math
+import operator
+import traceback
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.training.dynamic_scale import DynamicScale
+
+import wloss_jax as wl
+from tests.oracle import grid
+
+B, L = 4, 3
+X = np.ones((B, L), np.float32)
+
+LOSSES = {case.name: case for case in grid.CASES}
+HABITS = {
+    "reduction": ("mean", "`.compute()`"),
+    "size_average": (True, "`.compute()`"),
+    "mask": (np.ones((B, L), bool), "`where`"),
+    "sample_weight": (np.ones(B, np.float32), "`weights`"),
+    "axis": (-1, "`wloss_jax.per_sample(loss)`"),
+}
+
+
+def last_line(call):
+    """The last line that a traceback of the error would show."""
+    with pytest.raises((TypeError, ValueError)) as caught:
+        call()
+    lines = "".join(traceback.format_exception(caught.value)).splitlines()
+    return lines[-1].partition(": ")[2]
+
+
+WAYS = {
+    "as it is": lambda loss, arrays, keywords: loss(*arrays, **keywords),
+    "by sample": lambda loss, arrays, keywords: wl.per_sample(loss)(
+        *arrays, **keywords
+    ),
+    "under jit": lambda loss, arrays, keywords: jax.jit(
+        lambda *arrays: loss(*arrays, **keywords)
+    )(*arrays),
+    "under grad": lambda loss, arrays, keywords: jax.grad(
+        lambda first: loss(first, *arrays[1:], **keywords).compute()
+    )(arrays[0]),
+}
+
+
+@pytest.mark.parametrize("habit", HABITS)
+@pytest.mark.parametrize("name", LOSSES)
+def test_keywords_of_other_libraries_say_what_it_is_here(name, habit):
+    case = LOSSES[name]
+    arrays, _ = grid.pad(grid.ragged(case, 0, [L] * B), L)
+    if habit in inspect.signature(case.loss).parameters:
+        pytest.skip("it has an axis of its own, for the classes")
+    value, mend = HABITS[habit]
+    for way in WAYS.values():
+        line = last_line(lambda way=way: way(case.loss, arrays, {habit: value}))
+        assert line.startswith(f"`{habit}` is no argument here: ")
+        assert mend in line
+
+
+def test_a_mask_by_position_is_told_the_keywords():
+    for loss in (wl.absolute_error, wl.masked(lambda predictions, targets: targets)):
+        line = last_line(lambda loss=loss: loss(X, X, X > 0))
+        assert line.startswith("`predictions, targets` are the positional arguments, 2")
+        assert "where, lengths, weights" in line
+    assert "delta, where" in last_line(lambda: wl.huber_loss(X, X, 1.0))
+
+
+# ---------------------------------------------------------------------- arithmetic
+
+M = wl.WeightedMean(10.0, 4.0)
+RUNNING = wl.RunningMean.zeros().update(M)
+BINARY = [
+    *(operator.sub, operator.mul, operator.truediv, operator.floordiv, operator.mod),
+    *(operator.pow, divmod, operator.lt, operator.le, operator.gt, operator.ge),
+    operator.add,
+]
+NUMBERS = [0.5, 1, True, np.float32(2), np.ones(3), jnp.float32(2), jnp.ones(3)]
+FUNCTIONS = [
+    *(jnp.mean, np.mean, jnp.sqrt, np.sqrt, np.isfinite, jnp.array, np.asarray),
+    *(abs, operator.neg, round, int, lambda m: jnp.where(True, m, 0.0)),
+    *(lambda m: jnp.stack([m, m]), lambda m: np.mean([m, m])),
+    lambda m: optax.apply_updates(0.5, m),
+]
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=lambda x: f"{type(x).__name__}{x}")
+@pytest.mark.parametrize("operation", BINARY, ids=lambda f: f.__name__)
+def test_arithmetic_says_what_to_do_instead(operation, number):
+    for mean in (M, RUNNING):
+        for call in (
+            lambda mean=mean: operation(mean, number),
+            lambda mean=mean: operation(number, mean),
+            lambda mean=mean: jax.jit(lambda m: operation(number, m))(mean),
+        ):
+            with pytest.raises(TypeError, match=r"\.compute\(\)") as caught:
+                call()
+            assert str(caught.value).startswith(f"`{type(mean).__name__}` is ")
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("mean", [M, RUNNING], ids=lambda m: type(m).__name__)
+def test_functions_of_numbers_say_what_to_do_instead(function, mean):
+    with pytest.raises(TypeError, match=r"\.compute\(\)"):
+        function(mean)
+
+
+def test_what_a_mean_takes():
+    assert float(M) == 2.5 == float(RUNNING)
+    assert f"{M:.4f}" == "2.5000" == f"{RUNNING:.4f}"
+    assert math.isfinite(M)
+    assert float(sum([M, M])) == 2.5
+    assert f"{M}" == str(M) == repr(M)
+    assert f"{RUNNING}" == repr(RUNNING)
+    assert last_line(lambda: M - M).startswith("`WeightedMean` ")
+    assert "merge" in last_line(lambda: float(wl.WeightedMean(X, X)))
+
+
+def loss_fn(w):
+    return wl.absolute_error(w * X, 2 * X)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: jax.grad(loss_fn)(1.0),
+        lambda: jax.value_and_grad(loss_fn)(1.0),
+        lambda: jax.jit(jax.grad(loss_fn))(1.0),
+        lambda: jax.value_and_grad(lambda w: (loss_fn(w), 0), has_aux=True)(1.0),
+        lambda: DynamicScale().value_and_grad(loss_fn)(1.0),
+    ],
+)
+def test_a_gradient_of_a_mean_names_what_takes_it(call):
+    line = last_line(call)
+    assert line.startswith("`WeightedMean` is ")
+    assert "`wloss_jax.value_and_grad`" in line
+
+
+# ----------------------------------------------------------------- the last line
+
+
+LINES = {
+    "shapes": ("`targets` has shape (4, 1)", lambda: wl.absolute_error(X, X[:, :1])),
+    "shapes of classes": (
+        "`labels` has shape (4, 2) and `logits` (4, 3)",
+        lambda: wl.softmax_cross_entropy(X, X[:, :2]),
+    ),
+    "no array": ("`values` is missing", lambda: wl.per_sample(wl.weighted_mean)()),
+    "a mask of numbers": (
+        "`where` is float32",
+        lambda: wl.absolute_error(X, X, where=X),
+    ),
+    "a mask as weights": (
+        "`weights` is bool",
+        lambda: wl.absolute_error(X, X, weights=X > 0),
+    ),
+    "a mask as weights of classes": (
+        "`class_weights` is bool",
+        lambda: wl.softmax_cross_entropy_with_integer_labels(
+            X, np.zeros(B, int), class_weights=X[0] > 0
+        ),
+    ),
+    "weights of samples, with an axis": (
+        "`weights` has shape (4, 1)",
+        lambda: wl.absolute_error(X, X, weights=X[:, :1]),
+    ),
+    "complex": (
+        "`predictions` is complex (complex64)",
+        lambda: wl.absolute_error(X * 1j, X),
+    ),
+    "one-hot labels": (
+        "`labels` must be integer classes",
+        lambda: wl.softmax_cross_entropy_with_integer_labels(X, X),
+    ),
+    "an option": ("`delta` must be", lambda: wl.huber_loss(X, X, delta=-1.0)),
+}
+
+
+@pytest.mark.parametrize("mistake", LINES)
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("asserts", [True, False])
+def test_the_last_line_begins_with_the_argument(mistake, jit, asserts):
+    start, call = LINES[mistake]
+    if not asserts:
+        chex.disable_asserts()
+    try:
+        line = last_line(jax.jit(call) if jit else call)
+    finally:
+        chex.enable_asserts()
+    assert line.startswith(start)
+
+
+def test_notes_other_than_jax_s_are_kept():
+    with pytest.raises(TypeError) as caught:
+        wl.absolute_error(X, X, mask=X)
+    caught.value.add_note("step 3")
+    assert caught.value.__notes__ == ["step 3"]
+
+
+# ------------------------------------------------------------- numbers of any kind
+
+
+def test_whole_numbers_are_weights_wherever_weights_are():
+    counts = np.array([[1, 0, 2], [3, 1, 1], [0, 0, 0], [1, 1, 1]])
+    values = np.arange(12.0, dtype=np.float32).reshape(B, L)
+    for dtype in (np.int8, np.uint8, np.int32, np.int64):
+        m = wl.weighted_mean(values, weights=counts.astype(dtype))
+        assert (m.total, m.weight) == ((values * counts).sum(), counts.sum())
+    logits, labels = np.zeros((B, L), np.float32), np.array([0, 1, 2, 2])
+    classes = np.array([1, 2, 3])
+    m = wl.softmax_cross_entropy_with_integer_labels(
+        logits, labels, class_weights=classes
+    )
+    assert m.weight == 1 + 2 + 3 + 3
+    wl.testing.assert_valid_batch(weights=counts)
+    transform = wl.multi_steps(optax.sgd(1.0), np.int64(1))
+    updates, _ = transform.update(1.0, transform.init(1.0), 1.0, weight=np.int32(4))
+    assert updates == -1.0

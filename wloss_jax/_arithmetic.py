@@ -1,0 +1,72 @@
+"""What a mean that is not divided yet says to operators, to NumPy and to JAX.
+
+A sum and its weight, still apart, are no number: half of them is not half of the mean.
+Nor are they an array. What is tried on them by habit says what to do instead.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
+
+from wloss_jax._checks import ArgumentTypeError, ArgumentValueError
+
+_Class = TypeVar("_Class", bound=type)
+
+_BINARY = ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "divmod", "pow")
+_OTHERS = ("neg", "pos", "abs", "round", "trunc", "int", "lt", "le", "gt", "ge")
+_OPERATORS = (
+    *(f"__{name}__" for name in _BINARY),
+    *(f"__r{name}__" for name in _BINARY),
+    *(f"__{name}__" for name in _OTHERS),
+    "__array_ufunc__",  # NumPy's operators, and functions like `np.sqrt`
+)
+
+
+def without_arithmetic(instead: str) -> Callable[[_Class], _Class]:
+    """Makes a class say what to do ``instead`` of arithmetic, where it has none.
+
+    Its own operators stay; one that does not know the other operand calls `refuse`.
+
+    Args:
+      instead: what the errors end with, sentences.
+    """
+
+    def decorate(cls: _Class) -> _Class:
+        def refuse_operator(self: Any, *_: Any, **__: Any) -> NoReturn:
+            refuse(self)
+
+        def refuse_array(self: Any) -> NoReturn:
+            # In the place of a TypeError, `jax.grad` would put a message of its own; it
+            # is what asks for a type and wants no array.
+            asks_for_type = sys._getframe(1).f_code.co_name == "typeof"
+            error = ArgumentValueError if asks_for_type else ArgumentTypeError
+            raise error(
+                f"`{cls.__name__}` is no array: `.compute()` gives its mean, an array. "
+                "For the gradient of a loss that returns one, use "
+                "`wloss_jax.value_and_grad`."
+            )
+
+        _INSTEAD[cls] = instead
+        for name in _OPERATORS:
+            if name not in vars(cls):
+                setattr(cls, name, refuse_operator)
+        # No methods: JAX looks whether there is one, and complains in its own words.
+        for name in ("__jax_array__", "__array__"):
+            setattr(cls, name, property(refuse_array))
+        return cls
+
+    return decorate
+
+
+_INSTEAD: dict[type, str] = {}
+
+
+def refuse(value: object) -> NoReturn:
+    """Says what to do instead of the arithmetic that ``value`` lacks."""
+    cls = type(value)
+    raise ArgumentTypeError(
+        f"`{cls.__name__}` is a total and a weight, not divided yet: `.compute()` "
+        f"gives its mean, an array. {_INSTEAD[cls]}"
+    )
