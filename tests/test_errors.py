@@ -69,6 +69,25 @@ def test_keywords_of_other_libraries_say_what_it_is_here(name, habit):
         assert mend in line
 
 
+LINEAR = {
+    "labels": (wl.linear_softmax_cross_entropy, np.zeros(B, int)),
+    "log-probabilities": (wl.linear_log_probs, np.zeros(B, int)),
+    "distributions": (wl.linear_softmax_cross_entropy_with_probabilities, X),
+    "of a user": (wl.linear_masked(lambda logits, y: logits.sum(-1) - y), X[:, 0]),
+}
+
+
+@pytest.mark.parametrize("habit", HABITS)
+@pytest.mark.parametrize("name", LINEAR)
+def test_losses_of_features_and_a_kernel_say_it_too(name, habit):
+    loss, labels = LINEAR[name]
+    value, mend = HABITS[habit]
+    arrays = np.ones((B, 2), np.float32), np.ones((2, L), np.float32), labels
+    line = last_line(lambda: loss(*arrays, **{habit: value}))
+    assert line.startswith(f"`{habit}` is no argument here: ")
+    assert mend in line
+
+
 def test_a_mask_by_position_is_told_the_keywords():
     for loss in (wl.absolute_error, wl.masked(lambda predictions, targets: targets)):
         line = last_line(lambda loss=loss: loss(X, X, X > 0))
@@ -223,6 +242,11 @@ def test_whole_numbers_are_weights_wherever_weights_are():
         logits, labels, class_weights=classes
     )
     assert m.weight == 1 + 2 + 3 + 3
+    features, kernel = np.zeros((B, 2), np.float32), np.zeros((2, L), np.float32)
+    m = wl.linear_softmax_cross_entropy(
+        features, kernel, labels, weights=counts[:, 1], class_weights=classes
+    )
+    assert m.weight == 1 * 0 + 2 * 1 + 3 * 0 + 3 * 1
     wl.testing.assert_valid_batch(weights=counts)
     transform = wl.multi_steps(optax.sgd(1.0), np.int64(1))
     updates, _ = transform.update(1.0, transform.init(1.0), 1.0, weight=np.int32(4))

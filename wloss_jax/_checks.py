@@ -12,9 +12,8 @@ called here is the function inside of each.
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection
 from typing import Any, TypeGuard, cast
 
 import chex
@@ -213,64 +212,6 @@ def check_count(name: str, value: object, at_least: int = 0) -> int:
         f"must be a Python integer of at least {at_least}, below 2**31; got {value!r}.",
     )
     return int(cast(int, value))
-
-
-def check_keywords(
-    signature: inspect.Signature,
-    keywords: Mapping[str, Any],
-    arrays: Sequence[Any] = (),
-) -> None:
-    """Checks that there are such keywords; names ours for those of other libraries.
-
-    And that no more ``arrays`` come by position than there are.
-    """
-    parameters = signature.parameters
-    unknown = [name for name in keywords if name not in parameters]
-    kinds = {p.kind for p in parameters.values()}
-    if unknown and inspect.Parameter.VAR_KEYWORD not in kinds:
-        name = unknown[0]
-        mend = _HABITS.get(name, f"the keywords are {_by_keyword(signature)}.")
-        raise ArgumentTypeError(f"`{name}` is no argument here: {mend}")
-    if inspect.Parameter.VAR_POSITIONAL not in kinds:
-        names = [p.name for p in parameters.values() if p.kind in _POSITIONAL]
-        check_type(
-            ", ".join(names),
-            len(arrays) <= len(names),
-            lambda: (
-                f"are the positional arguments, {len(names)}; got {len(arrays)}. What "
-                f"comes after them goes by keyword: {_by_keyword(signature)}."
-            ),
-        )
-
-
-_POSITIONAL = (
-    inspect.Parameter.POSITIONAL_ONLY,
-    inspect.Parameter.POSITIONAL_OR_KEYWORD,
-)
-
-
-def _by_keyword(signature: inspect.Signature) -> str:
-    parameters = signature.parameters.values()
-    return ", ".join(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
-
-
-_WHERE = "which elements count is said by `where`, bool, True for those that do."
-_WEIGHTS = "how much an element counts is said by `weights`."
-_REDUCTION = (
-    "a loss returns a `WeightedMean`. Its mean is `.compute()`, its sum `.total`; "
-    "`wloss_jax.per_sample(loss)` gives one for each sample."
-)
-_AXIS = (
-    "a loss reduces all that it is given. `wloss_jax.per_sample(loss)` or `jax.vmap` "
-    "keeps the axes that you want kept."
-)
-_HABITS = {
-    **dict.fromkeys(("reduction", "size_average", "reduce"), _REDUCTION),
-    **dict.fromkeys(("mask", "masks", "valid", "padding_mask"), _WHERE),
-    **dict.fromkeys(("weight", "sample_weight", "sample_weights"), _WEIGHTS),
-    **dict.fromkeys(("axis", "dim", "keepdims", "keepdim"), _AXIS),
-    **dict.fromkeys(("length", "x_lengths", "input_lengths"), "it is `lengths`."),
-}
 
 
 def check_function(name: str, value: object) -> None:

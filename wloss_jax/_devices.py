@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wloss_jax._checks import check_keywords, check_type
+from wloss_jax._checks import check_type
+from wloss_jax._keywords import check_keywords
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _Tree = TypeVar("_Tree")

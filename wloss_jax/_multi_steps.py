@@ -17,13 +17,14 @@ import optax
 from jax.typing import ArrayLike
 
 from wloss_jax._checks import (
-    check_array,
     check_scalar,
     check_shape,
     check_type,
     check_value,
     is_count,
+    is_integer,
 )
+from wloss_jax._counting import check_weights
 
 
 class MultiStepsState(NamedTuple):
@@ -251,7 +252,7 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     return {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in leaves}
 
 
-def _check_weight(weight: ArrayLike | None) -> jax.Array:
+def _check_weight(weight: Any) -> jax.Array:
     check_value(
         "weight",
         weight is not None,
@@ -262,8 +263,7 @@ def _check_weight(weight: ArrayLike | None) -> jax.Array:
         "`wloss_jax.value_and_grad` instead.",
     )
     # A count as a Python integer is exact; as an array it may have wrapped.
-    weight = float(weight) if type(weight) is int else weight
-    scalar = check_array("weight", weight, float)
+    scalar = check_weights(float(weight) if is_integer(weight) else weight, "weight")
     check_shape(
         "weight",
         scalar,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from wloss_jax._checks import Option, check_array, check_flag, check_shape
+from wloss_jax._checks import Option, check_flag, check_shape
 from wloss_jax._counting import check_weights, what_counts
 from wloss_jax._devices import compiled_by_option
 from wloss_jax.linear._arguments import (
@@ -270,7 +270,7 @@ def _own_class_weights(
     vocab_axis_name: str | None,
 ) -> jax.Array:
     """Folds the weight of each token's own class into ``weights``."""
-    class_weights = check_array("class_weights", class_weights, float)
+    class_weights = check_weights(class_weights, "class_weights", "class_mask")
     check_shape(
         "class_weights",
         class_weights,

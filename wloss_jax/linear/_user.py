@@ -27,6 +27,7 @@ from wloss_jax._checks import (
 )
 from wloss_jax._counting import what_counts
 from wloss_jax._devices import jit_compiled, vary
+from wloss_jax._keywords import keywords_checked
 from wloss_jax.linear._arguments import (
     Named,
     Problem,
@@ -140,6 +141,7 @@ def linear_masked(
     """
     check_function("loss_fn", loss_fn)
 
+    @keywords_checked
     def linear_loss(
         features: ArrayLike,
         kernel: ArrayLike,

@@ -24,13 +24,13 @@ from wloss_jax._checks import (
     check_axis,
     check_count,
     check_function,
-    check_keywords,
     check_rank,
     check_shape,
     check_value,
 )
 from wloss_jax._counting import SHARED, Reduction, what_counts
 from wloss_jax._devices import compiled_by_option
+from wloss_jax._keywords import check_keywords
 from wloss_jax.losses._labels import nan_unless
 from wloss_jax.masks import fill_masked, freeze
 from wloss_jax.means import WeightedMean

@@ -13,6 +13,7 @@ from wloss_jax._checks import (
     check_label,
     check_value,
 )
+from wloss_jax._counting import check_weights
 from wloss_jax.masks import (
     is_label,
     valid_mask,
@@ -43,7 +44,7 @@ def assert_valid_batch(
       labels: integer, ``[B, L]`` say.
       num_classes: the number of classes.
       ignore_index: a label out of range that is allowed.
-      weights: floating, ``[B, L]`` or ``[B]`` say.
+      weights: numbers, ``[B, L]`` or ``[B]`` say.
 
     Raises:
       AssertionError: a value is out of range; the message names the argument, the first
@@ -103,7 +104,7 @@ def assert_valid_batch(
             "marks padding is said by `ignore_index`, or covered by `lengths`.",
         )
     if weights is not None:
-        weights = check_array("weights", weights, float)
+        weights = check_weights(weights)
         _check_values(
             "weights",
             weights,
