@@ -479,9 +479,9 @@ TABLE = {
         "`class_weights`",
         lambda: cross_entropy(LOGITS, LABELS, class_weights=np.ones(V + 1, "f")),
     ),
-    "class_weights of integers": (
-        "`class_weights`",
-        lambda: cross_entropy(LOGITS, LABELS, class_weights=np.ones(V, int)),
+    "class_weights of bools": (
+        "`class_mask`",
+        lambda: cross_entropy(LOGITS, LABELS, class_weights=np.ones(V, bool)),
     ),
     "class_weights of a list": (
         "`class_weights`",

@@ -150,7 +150,7 @@ def linear_softmax_cross_entropy(
         compiled in, or scalar arrays, which may be traced and differentiated.
       z_loss: the factor of ``lse**2``, which keeps logits from drifting.
       softcap: bounds the logits softly, to ``-softcap .. softcap``.
-      class_weights: floating ``[V]``: a token's weight is that of its own class, times
+      class_weights: numbers ``[V]``: a token's weight is that of its own class, times
         ``weights``.
       class_mask: bool ``[V]``, or ``[..., V]`` for each token: False takes a class out.
       has_aux: whether to return what the sweep holds anyway, of the same tokens and

@@ -125,7 +125,7 @@ def softmax_cross_entropy_with_integer_labels(
       ignore_index: a label that marks an element as masked, -100 say; None for none.
       label_smoothing: the share of the label that is spread evenly over all classes.
       z_loss: the factor of ``lse**2``, which keeps logits from drifting.
-      class_weights: floating ``[V]``: an element's weight is that of its own class,
+      class_weights: numbers ``[V]``: an element's weight is that of its own class,
         times ``weights``. The whole element is weighted, its smoothing and z-loss too
         (PyTorch weighs smoothing by each class that it is spread over).
       **reduction: the keywords of `weighted_mean`.
