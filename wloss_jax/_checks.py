@@ -114,14 +114,19 @@ def check_array(name: str, value: object, kind: type | None = None) -> jax.Array
     string or None is an error. Nothing is cast, but that integers asked for come as 32
     bits at least.
     """
-    if not _is_numeric(value):
-        raise ArgumentTypeError(f"`{name}` {_not_numeric(value)}")
+    check_numeric(name, value)
     array = jnp.asarray(cast(ArrayLike, value))
     if kind is not None:
         check_dtype(
             name, array, kind, f"is {describe(array)}. {_MENDS[kind].format(name)}"
         )
     return widen(array) if kind is int else array
+
+
+def check_numeric(name: str, value: object) -> None:
+    """Checks that ``value`` is an array or a number, and a real one."""
+    if not _is_numeric(value):
+        raise ArgumentTypeError(f"`{name}` {_not_numeric(value)}")
 
 
 def check_scalar(name: str, value: object, kind: type | None = None) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Mapped axes and what passes over them; how functions are compiled."""
+"""Mapped axes and what passes over them; meshes; how functions are compiled."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Any, TypeVar, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
-from wloss_jax._checks import check_type
+from wloss_jax._checks import check_numeric, check_type
 from wloss_jax._keywords import check_keywords
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -41,29 +42,34 @@ def compiled_by_option(function: _Function) -> _Function:
     by its name is never static, be it a number.
     """
     signature = inspect.signature(function)
+    names = list(signature.parameters)
     keyword_only = inspect.Parameter.KEYWORD_ONLY
-    options = [
+    options = {
         p.name
         for p in signature.parameters.values()
         if p.kind is keyword_only and p.name not in _DATA
-    ]
+    }
 
     @functools.cache
     def jitted(static: tuple[str, ...]) -> Callable[..., Any]:
-        return jax.jit(function, static_argnames=static, inline=True)
+        anywhere = on_auto_axes(function)
+        return jax.jit(anywhere, static_argnames=static, inline=True)
 
     @functools.wraps(function)
     def compiled(*args: Any, **kwargs: Any) -> Any:
         check_keywords(signature, kwargs, args)
-        given = [name for name in options if name in kwargs]
-        for name in given:
-            check_type(
-                name,
-                kwargs[name] is None or isinstance(kwargs[name], _STATIC + _ARRAYS),
-                f"must be a number, a switch or a traced scalar; got {kwargs[name]!r}.",
-            )
-        static = tuple(name for name in given if isinstance(kwargs[name], _STATIC))
-        return jitted(static)(*args, **kwargs)
+        given = dict(zip(names, args, strict=False)) | kwargs
+        others = {k: v for k, v in given.items() if not isinstance(v, _ARRAYS)}
+        for name, value in others.items():
+            if name in options:
+                check_type(
+                    name,
+                    isinstance(value, _STATIC),
+                    f"must be a number, a switch or a traced scalar; got {value!r}.",
+                )
+            elif value is not None:
+                check_numeric(name, value)
+        return jitted(tuple(k for k in others if k in options))(*args, **kwargs)
 
     return cast(_Function, compiled)
 
@@ -72,8 +78,96 @@ _DATA = (
     *("where", "lengths", "weights", "segment_ids"),
     *("bias", "class_weights", "class_mask"),
 )
-_STATIC = (bool, int, float, str, tuple, np.generic)
+_STATIC = (bool, int, float, str, tuple, np.generic, type(None))
 _ARRAYS = (np.ndarray, jax.Array)
+
+
+def explicit_mesh(tree: Any) -> jax.sharding.AbstractMesh | None:
+    """The mesh of the arrays in ``tree``, if it has explicit axes."""
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, jax.Array):
+            mesh: jax.sharding.AbstractMesh = jax.typeof(leaf).sharding.mesh
+            if mesh.explicit_axes:
+                return mesh
+    return None
+
+
+def sharded_like(first: jax.Array, array: jax.Array) -> PartitionSpec:
+    """How an array is sharded that lines up with the leading axes of ``first``."""
+    spec = jax.typeof(first).sharding.spec
+    return PartitionSpec(*spec[: array.ndim])
+
+
+def align_axes(first: jax.Array, array: jax.Array) -> jax.Array:
+    """Shards ``array`` like the leading axes of ``first``, on explicit axes."""
+    mesh = explicit_mesh((first, array))
+    if mesh is None:
+        return array
+    aligned: jax.Array = jax.sharding.reshard(
+        array, NamedSharding(mesh, sharded_like(first, array))
+    )
+    return aligned
+
+
+def align_rows(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Shards axis 0 of all arrays as that of the first that is, on explicit axes.
+
+    `jax.vmap` wants what it maps over sharded alike.
+    """
+    mesh = explicit_mesh(arrays)
+    if mesh is None:
+        return arrays
+    specs = {k: sharded_like(x, x) for k, x in arrays.items()}
+    rows = next((spec[0] for spec in specs.values() if spec and spec[0]), None)
+    return {
+        name: jax.sharding.reshard(
+            x, NamedSharding(mesh, PartitionSpec(rows, *specs[name][1:]))
+        )
+        for name, x in arrays.items()
+    }
+
+
+def on_auto_axes(function: Callable[..., Any], specs: Any = None) -> Callable[..., Any]:
+    """Leaves it to the compiler how arrays are sharded inside of ``function``.
+
+    On a mesh of explicit axes, JAX wants the arrays of an operation sharded alike, and
+    knows no gather from a sharded axis. Inside, those axes are as on any other mesh.
+
+    Args:
+      function: of arrays and what else there is, positional or by keyword.
+      specs: how the results are sharded, a tree of specs; whole on each device by
+        default.
+    """
+
+    @functools.wraps(function)
+    def anywhere(*args: Any, **kwargs: Any) -> Any:
+        mesh = explicit_mesh((args, kwargs))
+        if mesh is None:
+            return function(*args, **kwargs)
+        leaves, tree = jax.tree.flatten((args, kwargs))
+        is_array = [isinstance(leaf, jax.Array) for leaf in leaves]
+
+        def of_arrays(arrays: list[jax.Array]) -> Any:
+            rest = iter(arrays)
+            filled = [
+                next(rest) if known else leaf
+                for known, leaf in zip(is_array, leaves, strict=True)
+            ]
+            args, kwargs = jax.tree.unflatten(tree, filled)
+            return function(*args, **kwargs)
+
+        shardings = jax.tree.map(
+            lambda spec: NamedSharding(mesh, spec),
+            PartitionSpec() if specs is None else specs,
+            is_leaf=lambda x: isinstance(x, PartitionSpec),
+        )
+        inside = jax.sharding.auto_axes(
+            of_arrays, axes=mesh.explicit_axes, out_sharding=shardings
+        )
+        arrays = [x for x, known in zip(leaves, is_array, strict=True) if known]
+        return inside(arrays)
+
+    return anywhere
 
 
 def axis_names(axis_name: AxisName) -> tuple[str, ...]:
@@ -178,23 +272,3 @@ def unsharded_rows(array: jax.Array) -> jax.Array:
         array, jax.sharding.NamedSharding(sharding.mesh, spec)
     )
     return whole
-
-
-def left_to_compiler(
-    function: Callable[..., jax.Array], *arrays: jax.Array
-) -> jax.Array:
-    """Calls ``function(*arrays)``, with shardings that are the compiler's to choose.
-
-    On a mesh of explicit axes some operations, such as a scatter, would have to be told
-    the sharding of what they return. The result, which should be small, is on every
-    device.
-    """
-    for array in arrays:
-        mesh = jax.typeof(array).sharding.mesh
-        if mesh.explicit_axes:
-            replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-            function = jax.sharding.auto_axes(
-                function, axes=mesh.explicit_axes, out_sharding=replicated
-            )
-            break
-    return function(*arrays)

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from wloss_jax._devices import left_to_compiler
+from wloss_jax._devices import on_auto_axes
 
 # -------------------------------------------------------------------------- of all
 
@@ -62,7 +62,7 @@ def sum_by_segment(
     """
     values = values.sum(axis=tuple(range(segment_ids.ndim, values.ndim)))
     add_up = functools.partial(_sum_by_segment, num_segments)
-    return left_to_compiler(add_up, values, segment_ids)
+    return on_auto_axes(add_up)(values, segment_ids)
 
 
 def count_by_segment(
@@ -87,7 +87,7 @@ def count_by_segment(
         return counted.astype(dtype)
 
     counts = mask.sum(rest, dtype=jnp.int32) if rest else mask
-    return left_to_compiler(by_platform, counts, segment_ids)
+    return on_auto_axes(by_platform)(counts, segment_ids)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from wloss_jax._checks import check_array, check_rank, check_value
-from wloss_jax._devices import jit_compiled
+from wloss_jax._devices import jit_compiled, on_auto_axes
 from wloss_jax.masks import expand_leading
 
 
@@ -53,30 +53,41 @@ def select_head(
             check_array(f"predictions[{i}]", prediction, float)
             for i, prediction in enumerate(predictions)
         ]
-    else:
-        stacked = check_array("predictions", predictions, float)
-        check_rank(
-            "predictions",
-            stacked,
-            set(range(1, 33)),
-            "must be a sequence of arrays, or one array whose axis 0 is the head.",
-        )
-        heads = [stacked[i] for i in range(stacked.shape[0])]
-    check_value("predictions", bool(heads), "holds no heads to select from.")
-    for i, prediction in enumerate(heads):
-        check_value(
-            f"predictions[{i}]",
-            (prediction.shape, prediction.dtype) == (heads[0].shape, heads[0].dtype),
-            "differs from `predictions[0]` in shape "
-            "or dtype: all heads must have the same.",
-        )
-    head = expand_leading("head", check_array("head", head, int), heads[0].shape)
-    return _select(heads, head)
+        check_value("predictions", bool(heads), "holds no heads to select from.")
+        first = heads[0]
+        for i, prediction in enumerate(heads):
+            check_value(
+                f"predictions[{i}]",
+                (prediction.shape, prediction.dtype) == (first.shape, first.dtype),
+                "differs from `predictions[0]` in shape or dtype: all heads must have "
+                "the same.",
+            )
+        return _select(heads, check_array("head", head, int))
+    stacked = check_array("predictions", predictions, float)
+    check_rank(
+        "predictions",
+        stacked,
+        set(range(1, 33)),
+        "must be a sequence of arrays, or one array whose axis 0 is the head.",
+    )
+    check_value("predictions", len(stacked) > 0, "holds no heads to select from.")
+    return _select(stacked, check_array("head", head, int))
 
 
 @jit_compiled()  # or `jax_debug_nans` would take what it starts with for a mistake
-def _select(heads: list[jax.Array], head: jax.Array) -> jax.Array:
-    selected = jnp.full_like(heads[0], jnp.nan)
-    for i, prediction in enumerate(heads):
-        selected = jnp.where(head == i, prediction, selected)
+def _select(predictions: list[jax.Array] | jax.Array, head: jax.Array) -> jax.Array:
+    if isinstance(predictions, list):
+        spec = jax.typeof(predictions[0]).sharding.spec
+    else:
+        spec = jax.sharding.PartitionSpec(*jax.typeof(predictions).sharding.spec[1:])
+
+    def select(predictions: list[jax.Array] | jax.Array, head: jax.Array) -> jax.Array:
+        heads = [predictions[i] for i in range(len(predictions))]
+        head = expand_leading("head", head, heads[0].shape)
+        selected = jnp.full_like(heads[0], jnp.nan)
+        for i, prediction in enumerate(heads):
+            selected = jnp.where(head == i, prediction, selected)
+        return selected
+
+    selected: jax.Array = on_auto_axes(select, spec)(predictions, head)
     return selected

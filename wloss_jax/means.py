@@ -28,6 +28,7 @@ from wloss_jax._checks import (
 from wloss_jax._counting import what_counts
 from wloss_jax._devices import (
     AxisName,
+    align_axes,
     check_mapped,
     compiled_by_option,
     jit_compiled,
@@ -80,7 +81,8 @@ class WeightedMean:
         )
         dtype = jnp.result_type(total, weight, jnp.float32)
         object.__setattr__(self, "total", jnp.asarray(total, dtype))
-        object.__setattr__(self, "weight", jnp.asarray(weight, dtype))
+        weight = align_axes(self.total, jnp.asarray(weight, dtype))
+        object.__setattr__(self, "weight", weight)
 
     @classmethod
     def zeros(cls, shape: tuple[int, ...] = ()) -> Self:
@@ -165,7 +167,7 @@ class WeightedMean:
             f"has shape {empty.shape}, and the mean {self.total.shape}: pass a number, "
             "or one for each mean.",
         )
-        return _divide(self, empty)
+        return _divide(self, align_axes(self.total, empty))
 
     def reweight(self, fn: Callable[[jax.Array, jax.Array], jax.Array]) -> WeightedMean:
         """Gives each entry the weight ``fn(size, loss)`` and keeps its mean.

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import (
-    Unpack,
-)
+import math
+from typing import Unpack
 
 import jax
-import optax
+import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from wloss_jax._checks import (
@@ -15,6 +14,14 @@ from wloss_jax._checks import (
     check_array,
     check_number,
     is_zero,
+)
+from wloss_jax.losses._classes import (
+    classes_last,
+    finite_unless_due,
+    infinite_where_out,
+    log_normalizer,
+    log_probabilities,
+    mean_of_classes,
 )
 from wloss_jax.losses._labels import (
     check_labels,
@@ -26,7 +33,6 @@ from wloss_jax.losses._labels import (
 from wloss_jax.losses._masked import (
     Axis,
     Reduction,
-    event_last,
     guarded,
     public_loss,
 )
@@ -39,16 +45,20 @@ def softmax_cross_entropy(
     labels: ArrayLike,
     *,
     axis: Axis = -1,
+    class_mask: ArrayLike | None = None,
     **reduction: Unpack[Reduction],
 ) -> WeightedMean:
     """Computes the cross-entropy of labels that are distributions over the classes.
 
-    ``-sum_v y_v * log_softmax(x)_v``
+    ``-sum_v y_v * log_softmax(x)_v`` with ``0 * log(0) = 0``
 
     Args:
       logits: floating ``[..., V]``; one distribution is one element.
       labels: numeric, of the shape of ``logits``: one-hot, or probabilities.
       axis: the axis or axes of the classes; None for all.
+      class_mask: bool ``[V]``, or of the shape of ``logits``: False for a class that is
+        out, as one whose logit is -infinity is. It gets no share of anything and no
+        gradient; a label that is out costs infinity.
       **reduction: the keywords of `weighted_mean`.
 
     Example:
@@ -62,23 +72,38 @@ def softmax_cross_entropy(
     Source:
       `optax.losses.softmax_cross_entropy`.
     """
-    logits, labels = event_last(axis, logits=logits, labels=labels)
-    return guarded(optax.losses.softmax_cross_entropy, event_ndim=1, marks_nan=True)(
+    logits, labels = classes_last(axis, class_mask, logits=logits, labels=labels)
+    return guarded(_softmax_cross_entropy, event_ndim=1, marks_nan=True)(
         logits, labels, **reduction
     )
 
 
+def _softmax_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    return _expected_cost(log_probabilities(logits), labels)
+
+
+def _expected_cost(log_probs: jax.Array, labels: jax.Array) -> jax.Array:
+    """The expectation of ``-log_probs`` under the labels."""
+    expected = (labels * finite_unless_due(log_probs, labels)).sum(axis=-1)
+    return infinite_where_out(-expected, expected)
+
+
 @public_loss
 def safe_softmax_cross_entropy(
-    logits: ArrayLike, labels: ArrayLike, **reduction: Unpack[Reduction]
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    class_mask: ArrayLike | None = None,
+    **reduction: Unpack[Reduction],
 ) -> WeightedMean:
-    """Computes `softmax_cross_entropy` where classes may have a logit of -infinity.
+    """Computes `softmax_cross_entropy`, by the name that it has in optax where safe.
 
     ``-sum_v y_v * log_softmax(x)_v`` with ``0 * log(0) = 0``
 
     Args:
       logits: floating ``[..., V]``; one distribution is one element.
       labels: numeric, of the shape of ``logits``: one-hot, or probabilities.
+      class_mask: as in `softmax_cross_entropy`.
       **reduction: the keywords of `weighted_mean`.
 
     Example:
@@ -92,10 +117,10 @@ def safe_softmax_cross_entropy(
     Source:
       `optax.losses.safe_softmax_cross_entropy`.
     """
-    logits, labels = event_last(-1, logits=logits, labels=labels)
-    return guarded(
-        optax.losses.safe_softmax_cross_entropy, event_ndim=1, marks_nan=True
-    )(logits, labels, **reduction)
+    logits, labels = classes_last(-1, class_mask, logits=logits, labels=labels)
+    return guarded(_softmax_cross_entropy, event_ndim=1, marks_nan=True)(
+        logits, labels, **reduction
+    )
 
 
 @public_loss
@@ -108,6 +133,7 @@ def softmax_cross_entropy_with_integer_labels(
     label_smoothing: Option = 0.0,
     z_loss: Option = 0.0,
     class_weights: ArrayLike | None = None,
+    class_mask: ArrayLike | None = None,
     **reduction: Unpack[Reduction],
 ) -> WeightedMean:
     """Computes the cross-entropy of integer class labels.
@@ -123,11 +149,15 @@ def softmax_cross_entropy_with_integer_labels(
       labels: integer ``[...]``.
       axis: the axis or axes of the classes in ``logits``.
       ignore_index: a label that marks an element as masked, -100 say; None for none.
-      label_smoothing: the share of the label that is spread evenly over all classes.
+      label_smoothing: the share of the label that is spread evenly over all classes
+        that are not out.
       z_loss: the factor of ``lse**2``, which keeps logits from drifting.
       class_weights: numbers ``[V]``: an element's weight is that of its own class,
         times ``weights``. The whole element is weighted, its smoothing and z-loss too
         (PyTorch weighs smoothing by each class that it is spread over).
+      class_mask: bool ``[V]``, or of the shape of ``logits``: False for a class that is
+        out, as one whose logit is -infinity is. It gets no share of the smoothing and
+        no gradient; a label that is out costs infinity.
       **reduction: the keywords of `weighted_mean`.
 
     Raises:
@@ -151,7 +181,7 @@ def softmax_cross_entropy_with_integer_labels(
       al., Rethinking the Inception Architecture, 2016; z-loss: Chowdhery et al., PaLM,
       2022.
     """
-    (logits,) = event_last(axis, logits=logits)
+    (logits,) = classes_last(axis, class_mask, logits=logits)
     labels = check_labels(labels, logits.shape[:-1])
     check_number("label_smoothing", label_smoothing, 0, 1)
     check_number("z_loss", z_loss, 0)
@@ -175,13 +205,18 @@ def softmax_cross_entropy_with_integer_labels(
 def _integer_cross_entropy(
     logits: jax.Array, labels: jax.Array, *, label_smoothing: Option, z_loss: Option
 ) -> jax.Array:
-    lse = jax.nn.logsumexp(logits, axis=-1)
-    target = score_of_label(logits, labels)
+    shift, log_total = log_normalizer(logits)
+    lse = shift + log_total
+    score = score_of_label(logits, labels)
+    target = score
     if not is_zero(label_smoothing):
-        target += label_smoothing * (logits.mean(axis=-1) - target)
+        target += label_smoothing * (mean_of_classes(logits) - target)
+    loss = infinite_where_out(lse - target, score)
     # All of the loss, for the score of a label out of range may have no gradient.
-    loss = (lse - target) * nan_unless_class(labels, logits.shape[-1])
-    return loss + z_loss * lse**2 if not is_zero(z_loss) else loss
+    loss *= nan_unless_class(labels, logits.shape[-1])
+    if is_zero(z_loss):
+        return loss
+    return loss + z_loss * jnp.where(lse == -math.inf, 0, lse) ** 2
 
 
 @public_loss
@@ -191,6 +226,7 @@ def poly_loss_cross_entropy(
     *,
     epsilon: Option = 2.0,
     axis: Axis = -1,
+    class_mask: ArrayLike | None = None,
     **reduction: Unpack[Reduction],
 ) -> WeightedMean:
     """Computes the Poly-1 loss: cross-entropy and a share of the missed probability.
@@ -202,6 +238,7 @@ def poly_loss_cross_entropy(
       labels: floating, of the shape of ``logits``: one-hot, or probabilities.
       epsilon: the coefficient of the first polynomial term.
       axis: the axis or axes of the classes; None for all.
+      class_mask: as in `softmax_cross_entropy`.
       **reduction: the keywords of `weighted_mean`.
 
     Example:
@@ -215,7 +252,15 @@ def poly_loss_cross_entropy(
       `optax.losses.poly_loss_cross_entropy`; Leng et al., PolyLoss, 2022.
     """
     check_number("epsilon", epsilon)
-    logits, labels = event_last(axis, logits=logits, labels=labels)
-    return guarded(optax.losses.poly_loss_cross_entropy, event_ndim=1)(
+    logits, labels = classes_last(axis, class_mask, logits=logits, labels=labels)
+    return guarded(_poly_loss_cross_entropy, event_ndim=1)(
         logits, check_array("labels", labels, float), epsilon=epsilon, **reduction
     )
+
+
+def _poly_loss_cross_entropy(
+    logits: jax.Array, labels: jax.Array, *, epsilon: Option
+) -> jax.Array:
+    log_probs = log_probabilities(logits)
+    missed = (labels * (1 - jnp.exp(log_probs))).sum(axis=-1)
+    return _expected_cost(log_probs, labels) + epsilon * missed

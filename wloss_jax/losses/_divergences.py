@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from typing import (
-    Unpack,
-)
+from typing import Unpack
 
-import optax
+import jax
+import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from wloss_jax.losses._classes import (
+    classes_last,
+    finite_unless_due,
+    infinite_where_out,
+)
 from wloss_jax.losses._masked import (
     Axis,
     Reduction,
-    event_last,
     guarded,
+    not_below_zero,
     public_loss,
 )
 from wloss_jax.means import WeightedMean
@@ -25,6 +29,7 @@ def kl_divergence(
     targets: ArrayLike,
     *,
     axis: Axis = -1,
+    class_mask: ArrayLike | None = None,
     **reduction: Unpack[Reduction],
 ) -> WeightedMean:
     """Computes the Kullback-Leibler divergence of a prediction from a target.
@@ -36,6 +41,9 @@ def kl_divergence(
         distribution is one element.
       targets: floating, of the same shape: probabilities.
       axis: the axis or axes of a distribution; None for all.
+      class_mask: bool ``[D]``, or of the shape of the first array: False for a class
+        that is out, as one whose logarithm is -infinity is. It gets no gradient; a
+        target above 0 there costs infinity.
       **reduction: the keywords of `weighted_mean`.
 
     Example:
@@ -49,10 +57,19 @@ def kl_divergence(
     Source:
       `optax.losses.kl_divergence`.
     """
-    return guarded(optax.losses.kl_divergence, event_ndim=1, marks_nan=True)(
-        *event_last(axis, log_predictions=log_predictions, targets=targets),
+    return guarded(_kl_divergence, event_ndim=1, marks_nan=True)(
+        *classes_last(
+            axis, class_mask, log_predictions=log_predictions, targets=targets
+        ),
         **reduction,
     )
+
+
+def _kl_divergence(log_predictions: jax.Array, targets: jax.Array) -> jax.Array:
+    log_targets = jnp.log(jnp.where(targets == 0, 1, targets))
+    distances = finite_unless_due(log_predictions - log_targets, targets)
+    expected = (targets * distances).sum(axis=-1)
+    return infinite_where_out(not_below_zero(-expected), expected)
 
 
 @public_loss
@@ -61,6 +78,7 @@ def kl_divergence_with_log_targets(
     log_targets: ArrayLike,
     *,
     axis: Axis = -1,
+    class_mask: ArrayLike | None = None,
     **reduction: Unpack[Reduction],
 ) -> WeightedMean:
     """Computes `kl_divergence` for targets that are logarithms too.
@@ -72,6 +90,9 @@ def kl_divergence_with_log_targets(
         distribution is one element.
       log_targets: floating, of the same shape: logarithms of probabilities.
       axis: the axis or axes of a distribution; None for all.
+      class_mask: bool ``[D]``, or of the shape of the first array: False for a class
+        that is out, as one whose logarithm is -infinity is. It gets no gradient; a
+        target above 0 there costs infinity.
       **reduction: the keywords of `weighted_mean`.
 
     Example:
@@ -84,12 +105,22 @@ def kl_divergence_with_log_targets(
     Source:
       `optax.losses.kl_divergence_with_log_targets`.
     """
-    return guarded(
-        optax.losses.kl_divergence_with_log_targets, event_ndim=1, marks_nan=True
-    )(
-        *event_last(axis, log_predictions=log_predictions, log_targets=log_targets),
+    return guarded(_kl_divergence_with_log_targets, event_ndim=1, marks_nan=True)(
+        *classes_last(
+            axis, class_mask, log_predictions=log_predictions, log_targets=log_targets
+        ),
         **reduction,
     )
+
+
+def _kl_divergence_with_log_targets(
+    log_predictions: jax.Array, log_targets: jax.Array
+) -> jax.Array:
+    targets = jnp.exp(log_targets)
+    # Of a target of 0, no logarithm counts.
+    terms = jnp.where(targets == 0, 0, targets * (log_predictions - log_targets))
+    expected = terms.sum(axis=-1)
+    return infinite_where_out(not_below_zero(-expected), expected)
 
 
 @public_loss
@@ -98,6 +129,7 @@ def generalized_kl_divergence(
     targets: ArrayLike,
     *,
     axis: Axis = -1,
+    class_mask: ArrayLike | None = None,
     **reduction: Unpack[Reduction],
 ) -> WeightedMean:
     """Computes the divergence of measures that need not sum to 1.
@@ -108,6 +140,9 @@ def generalized_kl_divergence(
       log_predictions: floating ``[..., D]``, logarithms; one measure is one element.
       targets: floating, of the same shape.
       axis: the axis or axes of a measure; None for all.
+      class_mask: bool ``[D]``, or of the shape of the first array: False for a class
+        that is out, as one whose logarithm is -infinity is. It gets no gradient; a
+        target above 0 there costs infinity.
       **reduction: the keywords of `weighted_mean`.
 
     Example:
@@ -119,7 +154,16 @@ def generalized_kl_divergence(
     Source:
       `optax.losses.generalized_kl_divergence`.
     """
-    return guarded(optax.losses.generalized_kl_divergence, event_ndim=1)(
-        *event_last(axis, log_predictions=log_predictions, targets=targets),
+    return guarded(_generalized_kl_divergence, event_ndim=1)(
+        *classes_last(
+            axis, class_mask, log_predictions=log_predictions, targets=targets
+        ),
         **reduction,
     )
+
+
+def _generalized_kl_divergence(
+    log_predictions: jax.Array, targets: jax.Array
+) -> jax.Array:
+    masses = (jnp.exp(log_predictions) - targets).sum(axis=-1)
+    return not_below_zero(_kl_divergence(log_predictions, targets) + masses)

@@ -14,6 +14,7 @@ from wloss_jax.losses._masked import (
     Reduction,
     event_last,
     guarded,
+    not_below_zero,
     public_loss,
 )
 from wloss_jax.means import WeightedMean
@@ -66,7 +67,7 @@ def _cosine_distance(
 
     # Two numbers are divided, not two vectors: a third of the time of optax's form.
     product = (predictions * targets).sum(axis=-1)
-    return 1 - product / (norm(predictions) * norm(targets))
+    return not_below_zero(1 - product / (norm(predictions) * norm(targets)))
 
 
 @public_loss

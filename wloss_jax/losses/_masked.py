@@ -29,11 +29,17 @@ from wloss_jax._checks import (
     check_value,
 )
 from wloss_jax._counting import SHARED, Reduction, what_counts
-from wloss_jax._devices import compiled_by_option
+from wloss_jax._devices import (
+    align_rows,
+    compiled_by_option,
+    explicit_mesh,
+    on_auto_axes,
+    sharded_like,
+)
 from wloss_jax._keywords import check_keywords
 from wloss_jax.losses._labels import nan_unless
 from wloss_jax.masks import fill_masked, freeze
-from wloss_jax.means import WeightedMean
+from wloss_jax.means import WeightedMean, weighted_mean
 
 __all__ = ["Reduction"]  # for the chapters beside this one
 
@@ -113,27 +119,57 @@ def guarded(
         options = {k: v for k, v in keywords.items() if k not in SHARED}
         data = _check_data(_name_all(names, arrays), arrays, event_ndim)
         shape = data[0].shape[: data[0].ndim - event_ndim]
+
+        def elementwise(data: list[jax.Array]) -> jax.Array:
+            values = loss_fn(*map(at_least_float32, data), **options)
+            values = check_array("loss_fn(...)", values, float)
+            check_shape(
+                "loss_fn(...)",
+                values,
+                shape,
+                f"has shape {values.shape}: one value for each element is expected, "
+                f"{shape} with event_ndim={event_ndim}.",
+            )
+            if marks_nan:
+                values *= nan_unless(~jnp.isnan(values)).astype(values.dtype)
+            return values
+
+        if fills_masked and explicit_mesh((data, reduction)) is not None:
+            return weighted_mean(
+                elementwise(_fill_on_auto_axes(data, shape, reduction)), **reduction
+            )
         counts = what_counts(shape, **reduction)
         if counts.mask is not None:
             if fills_masked:
                 data = fill_masked(data, counts.mask)
             else:
                 data = [freeze(array, counts.mask) for array in data]
-        values = loss_fn(*map(at_least_float32, data), **options)
-        values = check_array("loss_fn(...)", values, float)
-        check_shape(
-            "loss_fn(...)",
-            values,
-            shape,
-            f"has shape {values.shape}: one value for each element is expected, "
-            f"{shape} with event_ndim={event_ndim}.",
-        )
-        if marks_nan:
-            values *= nan_unless(~jnp.isnan(values)).astype(values.dtype)
-        return WeightedMean(*counts.add_up(values))
+        return WeightedMean(*counts.add_up(elementwise(data)))
 
     vars(masked_loss)["__signature__"] = signature
     return masked_loss
+
+
+def _fill_on_auto_axes(
+    data: list[jax.Array], shape: tuple[int, ...], reduction: dict[str, Any]
+) -> list[jax.Array]:
+    """`fill_masked`, whose results are sharded like the first array.
+
+    The loss of a user, which may close over arrays of the mesh, stays outside.
+    """
+    given = {k: v for k, v in reduction.items() if v is not None}
+    num_segments = given.pop("num_segments", None)
+
+    def fill(data: list[jax.Array], given: dict[str, Any]) -> list[jax.Array]:
+        mask = what_counts(shape, **given, num_segments=num_segments).mask
+        return data if mask is None else fill_masked(data, mask)
+
+    specs = [sharded_like(data[0], array) for array in data]
+    on_auto = on_auto_axes(fill, specs)
+    if not any(isinstance(array, jax.core.Tracer) for array in data):
+        on_auto = jax.jit(on_auto)  # outside of a jit, JAX needs the mesh in a context
+    filled: list[jax.Array] = on_auto(data, given)
+    return filled
 
 
 def per_sample(loss: Callable[..., WeightedMean]) -> Callable[..., WeightedMean]:
@@ -171,7 +207,7 @@ def per_sample(loss: Callable[..., WeightedMean]) -> Callable[..., WeightedMean]
             name: check_array(name, value)
             for name, value in (positional | keywords).items()
             if name in positional or name in names or name in _MAPPED
-            if name not in _UNMAPPED and value is not None
+            if value is not None and not _is_shared(name, value)
         }
         check_value((names or ["predictions"])[0], bool(mapped), "is missing.")
         _check_batch({name: array.shape for name, array in mapped.items()})
@@ -182,13 +218,18 @@ def per_sample(loss: Callable[..., WeightedMean]) -> Callable[..., WeightedMean]
             keyed = {k: v for k, v in sample.items() if k not in positional}
             return loss(*data, **keyed, **shared)
 
-        return jax.vmap(sample_loss)(mapped)
+        return jax.vmap(sample_loss)(align_rows(mapped))
 
     return per_sample_loss
 
 
-_MAPPED = ("where", "lengths", "weights", "segment_ids")
-_UNMAPPED = ("kernel", "bias", "class_weights", "class_mask")
+_MAPPED = ("where", "lengths", "weights", "segment_ids", "class_mask")
+_UNMAPPED = ("kernel", "bias", "class_weights")
+
+
+def _is_shared(name: str, value: object) -> bool:
+    """Whether all samples share an argument: a mask ``[V]`` of the classes too."""
+    return name in _UNMAPPED or (name == "class_mask" and getattr(value, "ndim", 0) < 2)
 
 
 def _check_batch(shapes: dict[str, tuple[int, ...]]) -> None:
@@ -261,6 +302,16 @@ def at_least_float32(array: jax.Array) -> jax.Array:
     if jnp.issubdtype(array.dtype, jnp.floating):
         return array.astype(jnp.promote_types(array.dtype, jnp.float32))
     return array
+
+
+def not_below_zero(values: jax.Array) -> jax.Array:
+    """Makes 0 of what rounding took below 0, and keeps its gradient.
+
+    A root of it, as in `wloss_jax.loss_power`, would be NaN. What is further below 0
+    than rounding takes it is no rounding, and stays.
+    """
+    missing = jax.lax.stop_gradient(jnp.maximum(-values, 0))
+    return values + jnp.where(missing < 64 * jnp.finfo(values.dtype).eps, missing, 0)
 
 
 def public_loss(loss: _Loss) -> _Loss:

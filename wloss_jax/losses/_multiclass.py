@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import (
-    Unpack,
-)
+from typing import Unpack
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from wloss_jax.losses._classes import classes_last, infinite_where_out
 from wloss_jax.losses._labels import (
     check_labels,
     nan_unless_class,
@@ -18,8 +19,8 @@ from wloss_jax.losses._labels import (
 )
 from wloss_jax.losses._masked import (
     Reduction,
-    event_last,
     guarded,
+    not_below_zero,
     public_loss,
 )
 from wloss_jax.means import WeightedMean
@@ -27,7 +28,11 @@ from wloss_jax.means import WeightedMean
 
 @public_loss
 def multiclass_hinge_loss(
-    scores: ArrayLike, labels: ArrayLike, **reduction: Unpack[Reduction]
+    scores: ArrayLike,
+    labels: ArrayLike,
+    *,
+    class_mask: ArrayLike | None = None,
+    **reduction: Unpack[Reduction],
 ) -> WeightedMean:
     """Computes the multiclass hinge loss.
 
@@ -38,6 +43,9 @@ def multiclass_hinge_loss(
     Args:
       scores: floating ``[..., V]``.
       labels: integer ``[...]``.
+      class_mask: bool ``[V]``, or of the shape of ``scores``: False for a class that is
+        out, as one whose score is -infinity is. It gets no gradient; a label that is
+        out costs infinity.
       **reduction: the keywords of `weighted_mean`.
 
     Example:
@@ -49,18 +57,23 @@ def multiclass_hinge_loss(
     Source:
       `optax.losses.multiclass_hinge_loss`.
     """
-    return _with_labels(_multiclass_hinge_loss, scores, labels, reduction)
+    return _with_labels(_multiclass_hinge_loss, scores, labels, class_mask, reduction)
 
 
 def _multiclass_hinge_loss(scores: jax.Array, labels: jax.Array) -> jax.Array:
     classes = jax.lax.broadcasted_iota(labels.dtype, scores.shape, scores.ndim - 1)
     margins = scores + (classes != labels[..., None])
-    return margins.max(axis=-1) - score_of_label(scores, labels)
+    score = score_of_label(scores, labels)
+    return infinite_where_out(margins.max(axis=-1) - score, score)
 
 
 @public_loss
 def multiclass_perceptron_loss(
-    scores: ArrayLike, labels: ArrayLike, **reduction: Unpack[Reduction]
+    scores: ArrayLike,
+    labels: ArrayLike,
+    *,
+    class_mask: ArrayLike | None = None,
+    **reduction: Unpack[Reduction],
 ) -> WeightedMean:
     """Computes the multiclass perceptron loss.
 
@@ -71,6 +84,9 @@ def multiclass_perceptron_loss(
     Args:
       scores: floating ``[..., V]``.
       labels: integer ``[...]``.
+      class_mask: bool ``[V]``, or of the shape of ``scores``: False for a class that is
+        out, as one whose score is -infinity is. It gets no gradient; a label that is
+        out costs infinity.
       **reduction: the keywords of `weighted_mean`.
 
     Example:
@@ -83,16 +99,23 @@ def multiclass_perceptron_loss(
       `optax.losses.multiclass_perceptron_loss`; Collins, Discriminative training
       methods for Hidden Markov Models, 2002.
     """
-    return _with_labels(_multiclass_perceptron_loss, scores, labels, reduction)
+    return _with_labels(
+        _multiclass_perceptron_loss, scores, labels, class_mask, reduction
+    )
 
 
 def _multiclass_perceptron_loss(scores: jax.Array, labels: jax.Array) -> jax.Array:
-    return scores.max(axis=-1) - score_of_label(scores, labels)
+    score = score_of_label(scores, labels)
+    return infinite_where_out(scores.max(axis=-1) - score, score)
 
 
 @public_loss
 def multiclass_sparsemax_loss(
-    scores: ArrayLike, labels: ArrayLike, **reduction: Unpack[Reduction]
+    scores: ArrayLike,
+    labels: ArrayLike,
+    *,
+    class_mask: ArrayLike | None = None,
+    **reduction: Unpack[Reduction],
 ) -> WeightedMean:
     """Computes the multiclass sparsemax loss.
 
@@ -103,6 +126,9 @@ def multiclass_sparsemax_loss(
     Args:
       scores: floating ``[..., V]``.
       labels: integer ``[...]``.
+      class_mask: bool ``[V]``, or of the shape of ``scores``: False for a class that is
+        out, as one whose score is -infinity is. It gets no gradient; a label that is
+        out costs infinity.
       **reduction: the keywords of `weighted_mean`.
 
     Example:
@@ -115,24 +141,31 @@ def multiclass_sparsemax_loss(
       `optax.losses.multiclass_sparsemax_loss`; Martins and Astudillo, From Softmax to
       Sparsemax, 2016.
     """
+    return _with_labels(_sparsemax, scores, labels, class_mask, reduction)
 
-    def elementwise(scores: jax.Array, labels: jax.Array) -> jax.Array:
-        # In x64, optax's projection makes float64 of float32, and of its gradient an
-        # error: hence all of it in the default dtype.
-        rows = scores.reshape(-1, scores.shape[-1]).astype(float)
-        values: jax.Array = optax.losses.multiclass_sparsemax_loss(rows, labels.ravel())
-        return values.reshape(labels.shape).astype(scores.dtype)
 
-    return _with_labels(elementwise, scores, labels, reduction)
+def _sparsemax(scores: jax.Array, labels: jax.Array) -> jax.Array:
+    # A class that is behind the first by more than 1 has no probability: so, as if out.
+    behind = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)) - 2
+    behind = jnp.where(jnp.isfinite(behind), behind, 0)
+    inside = jnp.where(scores == -math.inf, behind, scores)
+    # In x64, optax's projection makes float64 of float32, and of its gradient an error:
+    # hence all of it in the default dtype.
+    rows = inside.reshape(-1, scores.shape[-1]).astype(float)
+    values: jax.Array = optax.losses.multiclass_sparsemax_loss(rows, labels.ravel())
+    values = values.reshape(labels.shape).astype(scores.dtype)
+    values = not_below_zero(values)
+    return infinite_where_out(values, score_of_label(scores, labels))
 
 
 def _with_labels(
     loss_fn: Callable[[jax.Array, jax.Array], jax.Array],
     scores: ArrayLike,
     labels: ArrayLike,
+    class_mask: ArrayLike | None,
     reduction: Reduction,
 ) -> WeightedMean:
-    (scores,) = event_last(-1, scores=scores)
+    (scores,) = classes_last(-1, class_mask, scores=scores)
     labels = check_labels(labels, scores.shape[:-1])
 
     def elementwise(scores: jax.Array, labels: jax.Array) -> jax.Array:

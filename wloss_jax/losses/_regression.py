@@ -19,6 +19,7 @@ from wloss_jax._checks import (
 from wloss_jax.losses._masked import (
     Reduction,
     guarded,
+    not_below_zero,
     public_loss,
 )
 from wloss_jax.means import WeightedMean
@@ -168,7 +169,7 @@ def log_cosh(
 
 def _log_cosh(predictions: jax.Array, targets: jax.Array) -> jax.Array:
     size = smooth_abs(predictions - targets)
-    return size + jnp.log1p(jnp.exp(-2 * size)) - math.log(2)
+    return not_below_zero(size + jnp.log1p(jnp.exp(-2 * size)) - math.log(2))
 
 
 def smooth_abs(x: jax.Array) -> jax.Array:
