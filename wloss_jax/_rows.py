@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from wloss_jax._checks import check_value
+from wloss_jax._devices import on_auto_axes
 
 PyTree = Any
 
@@ -54,12 +55,21 @@ class Cut:
         """The same of one array whose ``axis`` is the batch."""
         x = jnp.moveaxis(jnp.asarray(array), axis, 0)
         least = self.size // self.count
-        head = x if self.is_even else x[: least * self.count]
-        head = head.reshape(least, self.count, *x.shape[1:])
-        taken = jax.lax.dynamic_index_in_dim(head, step, 1, keepdims=False)
-        if rows > least:
-            last = jax.lax.dynamic_index_in_dim(x, least * self.count + step, 0)
-            taken = jnp.concatenate([taken, last])
+
+        def take(x: jax.Array, step: jax.Array | int) -> Any:
+            head = x if self.is_even else x[: least * self.count]
+            head = head.reshape(least, self.count, *x.shape[1:])
+            taken = jax.lax.dynamic_index_in_dim(head, step, 1, keepdims=False)
+            if rows > least:
+                last = jax.lax.dynamic_index_in_dim(x, least * self.count + step, 0)
+                taken = jnp.concatenate([taken, last])
+            return taken
+
+        if not self.is_even:
+            # Rows that the devices cannot share evenly are whole on each.
+            rest = jax.typeof(x).sharding.spec[1:]
+            take = on_auto_axes(take, jax.sharding.PartitionSpec(None, *rest))
+        taken: jax.Array = take(x, step)
         return jnp.moveaxis(taken, 0, axis)
 
     def put_together(self, groups: Sequence[jax.Array], axis: int | None) -> jax.Array:

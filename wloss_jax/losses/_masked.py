@@ -131,7 +131,8 @@ def guarded(
                 f"{shape} with event_ndim={event_ndim}.",
             )
             if marks_nan:
-                values *= nan_unless(~jnp.isnan(values)).astype(values.dtype)
+                mark = on_auto_axes(_mark_nan, jax.typeof(values).sharding.spec)
+                values = mark(values)
             return values
 
         if fills_masked and explicit_mesh((data, reduction)) is not None:
@@ -148,6 +149,11 @@ def guarded(
 
     vars(masked_loss)["__signature__"] = signature
     return masked_loss
+
+
+def _mark_nan(values: jax.Array) -> jax.Array:
+    """Multiplies by NaN where a value is NaN, so that its gradient is NaN too."""
+    return values * nan_unless(~jnp.isnan(values)).astype(values.dtype)
 
 
 def _fill_on_auto_axes(
