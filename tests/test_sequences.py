@@ -86,7 +86,7 @@ def test_lengths_are_told_to_be_paddings():
     with pytest.raises(ValueError, match=r"`label_paddings`.*length_mask\(lengths, 3"):
         wl.ctc_loss(LOGITS, DATA[0], LABELS, SYMBOLS)
     for call in (wl.ctc_loss, wl.per_sample(wl.ctc_loss)):
-        with pytest.raises(ValueError, match="`lengths` would say how many sequences"):
+        with pytest.raises(ValueError, match=r"`lengths` has .* how many sequences"):
             call(LOGITS, *DATA, lengths=FRAMES)
 
 

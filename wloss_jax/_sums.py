@@ -62,7 +62,8 @@ def sum_by_segment(
     """
     values = values.sum(axis=tuple(range(segment_ids.ndim, values.ndim)))
     add_up = functools.partial(_sum_by_segment, num_segments)
-    return on_auto_axes(add_up)(values, segment_ids)
+    sums: jax.Array = on_auto_axes(add_up)(values, segment_ids)
+    return sums
 
 
 def count_by_segment(
@@ -87,7 +88,8 @@ def count_by_segment(
         return counted.astype(dtype)
 
     counts = mask.sum(rest, dtype=jnp.int32) if rest else mask
-    return on_auto_axes(by_platform)(counts, segment_ids)
+    counted: jax.Array = on_auto_axes(by_platform)(counts, segment_ids)
+    return counted
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
