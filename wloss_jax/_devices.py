@@ -100,13 +100,9 @@ def sharded_like(first: jax.Array, array: jax.Array) -> PartitionSpec:
 
 def align_axes(first: jax.Array, array: jax.Array) -> jax.Array:
     """Shards ``array`` like the leading axes of ``first``, on explicit axes."""
-    mesh = explicit_mesh((first, array))
-    if mesh is None:
+    if array.ndim == 0 or explicit_mesh(first) is None:
         return array
-    aligned: jax.Array = jax.sharding.reshard(
-        array, NamedSharding(mesh, sharded_like(first, array))
-    )
-    return aligned
+    return _reshard(array, first, sharded_like(first, array))
 
 
 def align_rows(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -114,17 +110,36 @@ def align_rows(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
     `jax.vmap` wants what it maps over sharded alike.
     """
-    mesh = explicit_mesh(arrays)
-    if mesh is None:
+    specs = {name: sharded_like(x, x) for name, x in arrays.items()}
+    names = [name for name, spec in specs.items() if spec and spec[0]]
+    if not names or explicit_mesh(arrays[names[0]]) is None:
         return arrays
-    specs = {k: sharded_like(x, x) for k, x in arrays.items()}
-    rows = next((spec[0] for spec in specs.values() if spec and spec[0]), None)
+    first = arrays[names[0]]
+    rows = specs[names[0]][0]
     return {
-        name: jax.sharding.reshard(
-            x, NamedSharding(mesh, PartitionSpec(rows, *specs[name][1:]))
-        )
+        name: _reshard(x, first, PartitionSpec(rows, *specs[name][1:]))
         for name, x in arrays.items()
     }
+
+
+def _reshard(array: jax.Array, first: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """Shards ``array`` on the mesh of ``first``."""
+    mesh: Any = jax.typeof(first).sharding.mesh
+    resharded: jax.Array
+    if isinstance(first, jax.core.Tracer):
+        resharded = jax.sharding.reshard(array, NamedSharding(mesh, spec))
+    else:  # outside of a jit, it would need the mesh in a context
+        mesh = cast(NamedSharding, first.sharding).mesh
+        resharded = jax.device_put(array, NamedSharding(mesh, spec))
+    return resharded
+
+
+def num_shards(array: jax.Array, axis: int) -> int:
+    """In how many parts an ``axis`` of an array is, on explicit axes."""
+    sharding = jax.typeof(array).sharding
+    entry = sharding.spec[axis] if len(sharding.spec) > axis else None
+    names = () if entry is None else axis_names(entry)
+    return math.prod(sharding.mesh.shape[name] for name in names)
 
 
 def on_auto_axes(function: Callable[..., Any], specs: Any = None) -> Callable[..., Any]:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from wloss_jax._checks import check_value
-from wloss_jax._devices import on_auto_axes
+from wloss_jax._devices import num_shards, on_auto_axes
 
 PyTree = Any
 
@@ -65,7 +65,7 @@ class Cut:
                 taken = jnp.concatenate([taken, last])
             return taken
 
-        if not self.is_even:
+        if not self.is_even or least % num_shards(x, 0):
             # Rows that the devices cannot share evenly are whole on each.
             rest = jax.typeof(x).sharding.spec[1:]
             take = on_auto_axes(take, jax.sharding.PartitionSpec(None, *rest))
