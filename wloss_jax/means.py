@@ -167,7 +167,7 @@ class WeightedMean:
             f"has shape {empty.shape}, and the mean {self.total.shape}: pass a number, "
             "or one for each mean.",
         )
-        return _divide(self, align_axes(self.total, empty))
+        return _divide(self, empty)
 
     def reweight(self, fn: Callable[[jax.Array, jax.Array], jax.Array]) -> WeightedMean:
         """Gives each entry the weight ``fn(size, loss)`` and keeps its mean.
@@ -273,6 +273,7 @@ def _divide(m: WeightedMean, empty: jax.Array) -> jax.Array:
     # Chosen by the weight alone, so that the slope of a mean is known from it, and the
     # compiler drops the model where only slopes are wanted.
     empty = jnp.broadcast_to(jnp.asarray(empty, mean.dtype), mean.shape)
+    empty = align_axes(total, empty)
     shown = jax.lax.select(total == 0, empty, total * math.inf)
     return jax.lax.select(no_weight, shown, mean)
 
