@@ -454,7 +454,9 @@ def condition(name, params, samples):
     if name != "pearson":
         return 1.0
     wide = {key: np.asarray(x, np.float64) for key, x in params.items()}
-    return max(1, *(np.mean(x**2) / np.var(x) for x in measured(evaluate(wide, samples))))
+    return max(
+        1, *(np.mean(x**2) / np.var(x) for x in measured(evaluate(wide, samples)))
+    )
 
 
 def assert_exact(name, result, expected, condition=1.0):
