@@ -161,9 +161,25 @@ def check_weights(
 def _fixed_weights(parts_of: Callable[[Any], PyTree], batch: Any) -> dict[int, float]:
     """The weights that are written out, of totals that see the batch, by index."""
     closed, parts = jax.make_jaxpr(parts_of, return_shape=True)(batch)
-    outputs = closed.jaxpr.outvars
+    jaxpr = closed.jaxpr
+    weights = {i: _written_out(jaxpr, i) for i in weight_indices(parts)}
     return {
-        i: float(outputs[i].val)
-        for i in weight_indices(parts)
-        if isinstance(outputs[i], Literal) and any(used_inputs(closed.jaxpr, i - 1))
+        i: weight
+        for i, weight in weights.items()
+        if weight is not None and any(used_inputs(jaxpr, i - 1))
     }
+
+
+def _written_out(jaxpr: Any, index: int) -> float | None:
+    """The number that an output is, if it is written out in the program.
+
+    jax 0.12 traces a jit in a jit as an operation, which it takes apart later.
+    """
+    output = jaxpr.outvars[index]
+    if isinstance(output, Literal):
+        return float(output.val)
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("jit", "pjit") and output in equation.outvars:
+            inner = equation.params["jaxpr"].jaxpr
+            return _written_out(inner, equation.outvars.index(output))
+    return None
