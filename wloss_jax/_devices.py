@@ -196,7 +196,7 @@ def axis_names(axis_name: AxisName) -> tuple[str, ...]:
 
 
 def check_mapped(option: str, axis_name: AxisName) -> None:
-    """Takes the axes in an ``option`` that are mapped where this is called."""
+    """Checks that the axes in an ``option`` are mapped where this is called."""
     for name in axis_names(axis_name):
         try:
             jax.lax.axis_size(name)

@@ -5,7 +5,7 @@ The parts of the whole batch are made first, without a gradient. The loss that
 each microbatch is differentiated with the slopes of its own parts. By the chain rule
 the sum of those is the gradient, and one microbatch's activations are all that is held.
 
-What the slopes do not hang on is left out of the first evaluation: of a mean it keeps
+What the slopes do not depend on is left out of the first evaluation: of a mean it keeps
 the weight, and the compiler drops the model.
 """
 

@@ -103,16 +103,16 @@ def needed(
     function: Callable[[list[jax.Array]], list[jax.Array]],
     shapes: list[jax.ShapeDtypeStruct],
 ) -> list[bool]:
-    """Which of its arguments the results of a function hang on.
+    """Which of its arguments the results of a function depend on.
 
-    The slope of a mean, say, hangs on its weight alone.
+    The slope of a mean, say, depends on its weight alone.
     """
     jaxpr = jax.make_jaxpr(function)(shapes).jaxpr
     return used_inputs(jaxpr, *range(len(jaxpr.outvars)))
 
 
 def used_inputs(jaxpr: Any, *outputs: int) -> list[bool]:
-    """Which inputs of a traced function these ``outputs`` hang on."""
+    """Which inputs of a traced function these ``outputs`` depend on."""
     wanted = [i in outputs for i in range(len(jaxpr.outvars))]
     _, used = partial_eval.dce_jaxpr(jaxpr, wanted)
     return list(used)

@@ -1,4 +1,4 @@
-"""The Flax room: `value_and_grad` over `flax.nnx` modules, and a metric.
+"""Flax NNX integration: `value_and_grad` over `flax.nnx` modules, and a metric.
 
 The only module that imports flax; ``wl.nnx`` imports it when it is first named.
 """

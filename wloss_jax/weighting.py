@@ -44,8 +44,8 @@ def size_power(p: float) -> Scheme:
 def loss_power(p: float) -> Scheme:
     """Makes the scheme ``weight = size * stop_gradient(loss)**p``.
 
-    Each entry's weight hangs on its own loss alone, so the result is the same at every
-    split; no gradient flows through the factor. Losses must not be negative.
+    Each entry's weight depends on its own loss alone, so the result is the same at
+    every split; no gradient flows through the factor. Losses must not be negative.
 
     Args:
       p: the power; above 0, entries with a large loss count for more.

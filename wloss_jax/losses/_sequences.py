@@ -84,7 +84,7 @@ def ctc_loss(
 
     Raises:
       AssertionError: arrays that do not fit the ``logits``, or a ``blank_id`` that is
-        none of their classes.
+        outside of their classes.
 
     Example:
       >>> import jax.numpy as jnp

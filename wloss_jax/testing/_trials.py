@@ -79,7 +79,7 @@ class Trial:
         self.combine = combine
         self.is_scalar = combine is None and _are_scalars(loss_fn, params, batch)
         # Its simplifier turns some multiplications by a mask into choices, which are
-        # safe; whether a loss is must not hang on which ones.
+        # safe; whether a loss is must not depend on which ones.
         as_written = {"xla_disable_hlo_passes": "algsimp"}
         self.step = jax.jit(self.make_step(), compiler_options=as_written)
 
