@@ -71,9 +71,16 @@ def compiled_by_option(function: _Function) -> _Function:
                 check_numeric(name, value)
         return jitted(tuple(k for k in others if k in options))(*args, **kwargs)
 
+    _COMPILED.add(compiled)
     return cast(_Function, compiled)
 
 
+def is_compiled(function: Callable[..., Any]) -> bool:
+    """Whether `compiled_by_option` made a function."""
+    return function in _COMPILED
+
+
+_COMPILED: set[Callable[..., Any]] = set()
 _DATA = (
     *("where", "lengths", "weights", "segment_ids"),
     *("bias", "class_weights", "class_mask"),

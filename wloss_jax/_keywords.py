@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
-from wloss_jax._checks import ArgumentTypeError, check_type
+from wloss_jax._checks import ArgumentTypeError
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -22,21 +22,29 @@ def check_keywords(
     And that no more ``arrays`` come by position than there are.
     """
     parameters = signature.parameters
-    unknown = [name for name in keywords if name not in parameters]
-    kinds = {p.kind for p in parameters.values()}
-    if unknown and inspect.Parameter.VAR_KEYWORD not in kinds:
-        name = unknown[0]
+    for name in keywords:
+        if name not in parameters:
+            _refuse_keyword(signature, name)
+    last = list(parameters.values())[: len(arrays)][-1:]
+    if len(arrays) > len(parameters) or (last and last[0].kind not in _POSITIONAL):
+        _refuse_positional(signature, arrays)
+
+
+def _refuse_keyword(signature: inspect.Signature, name: str) -> None:
+    parameters = signature.parameters.values()
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
         mend = _HABITS.get(name, f"the keywords are {_by_keyword(signature)}.")
         raise ArgumentTypeError(f"`{name}` is no argument here: {mend}")
-    if inspect.Parameter.VAR_POSITIONAL not in kinds:
-        names = [p.name for p in parameters.values() if p.kind in _POSITIONAL]
-        check_type(
-            ", ".join(names),
-            len(arrays) <= len(names),
-            lambda: (
-                f"are the positional arguments, {len(names)}; got {len(arrays)}. What "
-                f"comes after them goes by keyword: {_by_keyword(signature)}."
-            ),
+
+
+def _refuse_positional(signature: inspect.Signature, arrays: Sequence[Any]) -> None:
+    parameters = signature.parameters.values()
+    if not any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        names = [p.name for p in parameters if p.kind in _POSITIONAL]
+        raise ArgumentTypeError(
+            f"`{', '.join(names)}` are the positional arguments, {len(names)}; got "
+            f"{len(arrays)}. What comes after them goes by keyword: "
+            f"{_by_keyword(signature)}."
         )
 
 

@@ -87,7 +87,7 @@ class WeightedMean:
     @classmethod
     def zeros(cls, shape: tuple[int, ...] = ()) -> Self:
         """Makes the identity of addition: nothing seen yet."""
-        return cls(jnp.zeros(shape), jnp.zeros(shape))
+        return cls.tree_unflatten(None, (jnp.zeros(shape), jnp.zeros(shape)))
 
     def __add__(self, other: WeightedMean) -> WeightedMean:
         if not isinstance(other, WeightedMean):
@@ -160,14 +160,7 @@ class WeightedMean:
           >>> print(nothing.compute(), nothing.compute(empty=jnp.nan))
           0.0 nan
         """
-        empty = check_array("empty", empty)
-        check_value(
-            "empty",
-            empty.shape in ((), self.total.shape),
-            f"has shape {empty.shape}, and the mean {self.total.shape}: pass a number, "
-            "or one for each mean.",
-        )
-        return _divide(self, empty)
+        return divide(self.total, self.weight, empty)
 
     def reweight(self, fn: Callable[[jax.Array, jax.Array], jax.Array]) -> WeightedMean:
         """Gives each entry the weight ``fn(size, loss)`` and keeps its mean.
@@ -195,24 +188,16 @@ class WeightedMean:
           WeightedMean(mean=1.5, weight=2.0)
         """
         check_function("fn", fn)
-        size = jax.lax.stop_gradient(self.weight)
-        # An entry without a weight goes through `fn` as one of size 1, so that no
-        # scheme has to mind powers of 0.
-        no_weight = size == 0
-        safe_size = jnp.where(no_weight, jnp.ones_like(size), size)
-        loss = jax.lax.stop_gradient(self.compute())
-        weight = check_array("fn(size, loss)", fn(safe_size, loss), float)
+        if getattr(fn, "is_value", False):
+            return _reweight(self, fn=fn)
+        weight = check_array("fn(size, loss)", fn(*_size_and_loss(self)), float)
         check_value(
             "fn",
-            weight.shape == size.shape,
-            f"must return one weight for each entry: {size.shape}, not {weight.shape}.",
+            weight.shape == self.weight.shape,
+            "must return one weight for each entry: "
+            f"{self.weight.shape}, not {weight.shape}.",
         )
-        weight = jnp.where(no_weight, 0, jax.lax.stop_gradient(weight))
-        # In this order: of one weight over another there may be no float32.
-        total = self.total / safe_size * weight
-        # A total without a weight is not empty: it stays, and shows.
-        unweighted = jax.lax.stop_gradient(self.total)
-        return WeightedMean(jnp.where(no_weight, unweighted, total), weight)
+        return _weigh(self, weight)
 
     def __float__(self) -> float:
         check_value(
@@ -234,8 +219,7 @@ class WeightedMean:
 
     def tree_flatten_with_keys(self) -> tuple[Any, None]:
         """Flattens to ``total`` and ``weight``."""
-        keys = (jax.tree_util.GetAttrKey("total"), jax.tree_util.GetAttrKey("weight"))
-        return tuple(zip(keys, (self.total, self.weight), strict=True)), None
+        return ((_TOTAL, self.total), (_WEIGHT, self.weight)), None
 
     @classmethod
     def tree_unflatten(cls, _: None, children: tuple[Any, Any]) -> Self:
@@ -244,6 +228,9 @@ class WeightedMean:
         object.__setattr__(self, "total", children[0])
         object.__setattr__(self, "weight", children[1])
         return self
+
+
+_TOTAL, _WEIGHT = map(jax.tree_util.GetAttrKey, ("total", "weight"))
 
 
 def _as_sum(name: str, value: ArrayLike) -> jax.Array:
@@ -265,17 +252,57 @@ def _merge(m: WeightedMean, *, axis: int | tuple[int, ...] | None) -> WeightedMe
     return WeightedMean(m.total.sum(axis), m.weight.sum(axis))
 
 
+def divide(total: jax.Array, weight: jax.Array, empty: ArrayLike) -> jax.Array:
+    """Computes `WeightedMean.compute`."""
+    if not isinstance(empty, float | int):
+        empty = check_array("empty", empty)
+        check_value(
+            "empty",
+            empty.shape in ((), total.shape),
+            f"has shape {empty.shape}, and the mean {total.shape}: pass a number, or "
+            "one for each mean.",
+        )
+    return _divide(total, weight, empty)
+
+
 @jit_compiled()
-def _divide(m: WeightedMean, empty: jax.Array) -> jax.Array:
-    weight, total = jax.lax.stop_gradient((m.weight, m.total))
+def _divide(total: jax.Array, weight: jax.Array, empty: ArrayLike) -> jax.Array:
+    weight, constant = jax.lax.stop_gradient((weight, total))
     no_weight = weight == 0
-    mean = m.total / jax.lax.select(no_weight, jnp.ones_like(weight), weight)
+    mean = total / jax.lax.select(no_weight, jnp.ones_like(weight), weight)
     # Chosen by the weight alone, so that the slope of a mean is known from it, and the
     # compiler drops the model where only slopes are wanted.
     empty = jnp.broadcast_to(jnp.asarray(empty, mean.dtype), mean.shape)
     empty = align_axes(total, empty)
-    shown = jax.lax.select(total == 0, empty, total * math.inf)
+    shown = jax.lax.select(constant == 0, empty, constant * math.inf)
     return jax.lax.select(no_weight, shown, mean)
+
+
+@jit_compiled("fn")
+def _reweight(m: WeightedMean, *, fn: Callable[..., jax.Array]) -> WeightedMean:
+    return _weigh(m, fn(*_size_and_loss(m)))
+
+
+@jit_compiled()
+def _size_and_loss(m: WeightedMean) -> tuple[jax.Array, jax.Array]:
+    """The size of each entry and its mean, constants; of one without a weight, 1."""
+    size, total = jax.lax.stop_gradient((m.weight, m.total))
+    # So that no scheme has to mind powers of 0.
+    safe_size = jax.lax.select(size == 0, jnp.ones_like(size), size)
+    return safe_size, _divide(total, size, 0.0)
+
+
+@jit_compiled()
+def _weigh(m: WeightedMean, weight: jax.Array) -> WeightedMean:
+    """Gives each entry a ``weight`` and keeps its mean."""
+    no_weight = jax.lax.stop_gradient(m.weight) == 0
+    weight = jnp.where(no_weight, 0, jax.lax.stop_gradient(weight))
+    safe_size, _ = _size_and_loss(m)
+    # In this order: of one weight over another there may be no float32.
+    total = m.total / safe_size * weight
+    # A total without a weight is not empty: it stays, and shows.
+    unweighted = jax.lax.stop_gradient(m.total)
+    return WeightedMean(jnp.where(no_weight, unweighted, total), weight)
 
 
 @compiled_by_option

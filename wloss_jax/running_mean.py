@@ -22,7 +22,7 @@ from wloss_jax._checks import check_type, check_value
 from wloss_jax._devices import (
     jit_compiled,
 )
-from wloss_jax.means import WeightedMean
+from wloss_jax.means import WeightedMean, divide
 
 
 @without_arithmetic(
@@ -103,8 +103,8 @@ class RunningMean:
             f"is {type(m).__name__}: `update` takes the "
             "`WeightedMean` that a loss returns; `merge` takes another `RunningMean`.",
         )
-        zeros = jnp.zeros_like(m.total)
-        return self.merge(RunningMean(m.total, zeros, m.weight, zeros))
+        _check_shape(self, m)
+        return _update(self, m)
 
     def merge(self, other: RunningMean) -> RunningMean:
         """Adds what another one has seen; the order does not matter, to rounding.
@@ -121,16 +121,8 @@ class RunningMean:
             f"is {type(other).__name__}: `merge` takes another "
             "`RunningMean`; `update` takes the `WeightedMean` that a loss returns.",
         )
-        check_value(
-            "total",
-            jnp.shape(self.total) == jnp.shape(other.total),
-            f"has shape {jnp.shape(self.total)} here and {jnp.shape(other.total)} in "
-            "what is added: `merge` the batch axes of a `WeightedMean` first, or start "
-            "from `RunningMean.zeros(shape)`.",
-        )
-        total = _add(self.total, self.total_low, other.total, other.total_low)
-        weight = _add(self.weight, self.weight_low, other.weight, other.weight_low)
-        return RunningMean(*total, *weight)
+        _check_shape(self, other)
+        return _merge(self, other)
 
     def compute(self, empty: ArrayLike = 0.0) -> jax.Array:
         """Divides: ``total / weight``, and ``empty`` where the weight is 0.
@@ -141,7 +133,7 @@ class RunningMean:
         Returns:
           floating ``[...]``, of the shape of ``total``.
         """
-        return WeightedMean(self.total, self.weight).compute(empty)
+        return divide(self.total, self.weight, empty)
 
     def to_host(self) -> tuple[Any, Any]:
         """Brings the sums to the host in float64, whole.
@@ -172,7 +164,29 @@ class RunningMean:
             return f"RunningMean({', '.join(fields)})"
 
 
+def _check_shape(running: RunningMean, other: RunningMean | WeightedMean) -> None:
+    here, there = jnp.shape(running.total), jnp.shape(other.total)
+    check_value(
+        "total",
+        here == there,
+        f"has shape {here} here and {there} in what is added: `merge` the batch axes "
+        "of a `WeightedMean` first, or start from `RunningMean.zeros(shape)`.",
+    )
+
+
 @jit_compiled()
+def _update(running: RunningMean, m: WeightedMean) -> RunningMean:
+    zeros = jnp.zeros_like(m.total)
+    return _merge(running, RunningMean(m.total, zeros, m.weight, zeros))
+
+
+@jit_compiled()
+def _merge(a: RunningMean, b: RunningMean) -> RunningMean:
+    total = _add(a.total, a.total_low, b.total, b.total_low)
+    weight = _add(a.weight, a.weight_low, b.weight, b.weight_low)
+    return RunningMean(*total, *weight)
+
+
 def _add(
     a: jax.Array, a_low: jax.Array, b: jax.Array, b_low: jax.Array
 ) -> tuple[jax.Array, jax.Array]:

@@ -5,11 +5,12 @@ A scheme is any callable ``(size, loss) -> weight`` of floating arrays of one sh
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
 
-from wloss_jax._checks import check_array, check_type
+from wloss_jax._checks import check_array, check_type, is_traced
 from wloss_jax.means import WeightedMean
 
 Scheme = Callable[[jax.Array, jax.Array], jax.Array]
@@ -37,8 +38,7 @@ def size_power(p: float) -> Scheme:
       WeightedMean(mean=1.75, weight=4.0)
       WeightedMean(mean=2.5, weight=2.0)
     """
-    check_array("p", p)
-    return lambda size, loss: size**p
+    return _SizePower(_check_power(p))
 
 
 def loss_power(p: float) -> Scheme:
@@ -62,8 +62,34 @@ def loss_power(p: float) -> Scheme:
       >>> per_sample.reweight(wl.loss_power(1.0)).merge()
       WeightedMean(mean=2.5, weight=8.0)
     """
+    return _LossPower(_check_power(p))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Power:
+    """A scheme that is a value: those of one power share a compiled program."""
+
+    p: float | jax.Array
+
+    @property
+    def is_value(self) -> bool:
+        """Whether the power is a number, and not traced."""
+        return not is_traced(self.p)
+
+
+class _SizePower(_Power):
+    def __call__(self, size: jax.Array, loss: jax.Array) -> jax.Array:
+        return size**self.p
+
+
+class _LossPower(_Power):
+    def __call__(self, size: jax.Array, loss: jax.Array) -> jax.Array:
+        return size * jax.lax.stop_gradient(loss) ** self.p
+
+
+def _check_power(p: float) -> float | jax.Array:
     check_array("p", p)
-    return lambda size, loss: size * jax.lax.stop_gradient(loss) ** p
+    return p
 
 
 def mean_of_means_bias(m: WeightedMean) -> jax.Array:

@@ -15,6 +15,8 @@ ROWS = (
     "segments",
     "accumulation",
     "contrastive",
+    "eager",
+    "trace_time",
     "compiles",
     "pad_ragged",
     "import_time",

@@ -33,6 +33,7 @@ from wloss_jax._devices import (
     align_rows,
     compiled_by_option,
     explicit_mesh,
+    is_compiled,
     on_auto_axes,
     sharded_like,
 )
@@ -204,6 +205,16 @@ def per_sample(loss: Callable[..., WeightedMean]) -> Callable[..., WeightedMean]
       WeightedMean(mean=[2. 5.], weight=[3. 1.])
     """
     check_function("loss", loss)
+    return _of_public(loss) if is_compiled(loss) else _vmapped(loss)
+
+
+@functools.cache
+def _of_public(loss: Callable[..., WeightedMean]) -> Callable[..., WeightedMean]:
+    """`per_sample` of a loss that is compiled, compiled as well."""
+    return compiled_by_option(_vmapped(loss))
+
+
+def _vmapped(loss: Callable[..., WeightedMean]) -> Callable[..., WeightedMean]:
     names = _array_names(loss)
 
     @functools.wraps(loss)
