@@ -18,6 +18,7 @@ from typing import Any, TypeGuard, cast
 
 import chex
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
@@ -217,6 +218,16 @@ def check_count(name: str, value: object, at_least: int = 0) -> int:
         f"must be a Python integer of at least {at_least}, below 2**31; got {value!r}.",
     )
     return int(cast(int, value))
+
+
+def check_size(name: str, value: object) -> Any:
+    """Checks the size of an axis: an integer, or the symbol that `jax.export` has."""
+    return value if is_symbolic(value) else check_count(name, value)
+
+
+def is_symbolic(size: object) -> bool:
+    """Whether a size is a symbol, of `jax.export.symbolic_shape`, and no number."""
+    return not is_integer(size) and jax.export.is_symbolic_dim(size)
 
 
 def check_function(name: str, value: object) -> None:

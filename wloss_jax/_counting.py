@@ -185,7 +185,7 @@ def _count_mask(mask: jax.Array, dtype: Any) -> jax.Array:
 def _count_lengths(lengths: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """Counts what `wloss_jax.length_mask` marks, without looking at a mask."""
     size, *rest = shape[lengths.ndim :]
-    counts = jnp.clip(lengths, 0, size).astype(jnp.int32)
+    counts = convert(jnp.clip(lengths, 0, size), jnp.int32)
     return _add_counts(counts, size, dtype, times=math.prod(rest))
 
 

@@ -17,6 +17,7 @@ import optax
 from jax.typing import ArrayLike
 
 from wloss_jax._checks import (
+    check_array,
     check_scalar,
     check_shape,
     check_type,
@@ -24,7 +25,6 @@ from wloss_jax._checks import (
     is_count,
     is_integer,
 )
-from wloss_jax._counting import check_weights
 
 
 class MultiStepsState(NamedTuple):
@@ -263,7 +263,8 @@ def _check_weight(weight: Any) -> jax.Array:
         "`wloss_jax.value_and_grad` instead.",
     )
     # A count as a Python integer is exact; as an array it may have wrapped.
-    scalar = check_weights(float(weight) if is_integer(weight) else weight, "weight")
+    weight = float(weight) if is_integer(weight) else weight
+    scalar = check_array("weight", weight, float)
     check_shape(
         "weight",
         scalar,

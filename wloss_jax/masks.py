@@ -27,10 +27,12 @@ from wloss_jax._checks import (
     check_count,
     check_rank,
     check_shape,
+    check_size,
     check_type,
     check_value,
     describe,
     is_number,
+    is_symbolic,
     widen,
 )
 
@@ -64,15 +66,20 @@ def length_mask(lengths: ArrayLike, size: int) -> jax.Array:
        [ True  True  True]]
     """
     lengths = check_array("lengths", lengths, int)
-    size = check_count("size", size)
+    size = check_size("size", size)
     # Counted from 1, in a table: of one from 0 XLA makes an iota, the 64-bit index of
     # which halves the speed of a loop that it stands in on CPU.
-    arange = np.arange if size <= _LARGEST_TABLE else jnp.arange
+    is_small = not is_symbolic(size) and size <= _LARGEST_TABLE
+    arange = np.arange if is_small else jnp.arange
     positions = arange(1, size + 1, dtype=np.int32)
-    positions = jnp.broadcast_to(positions, (*lengths.shape, size))
     if lengths.dtype != jnp.int32:  # cut, lest a length of 2**32 - 1 be one of -1
         lengths = jnp.clip(lengths, 0, size).astype(jnp.int32)
-    return positions <= lengths[..., None]
+    shape, leading = (*lengths.shape, size), range(lengths.ndim)
+    mask: jax.Array = jax.lax.le(
+        jax.lax.broadcast_in_dim(positions, shape, [lengths.ndim]),
+        jax.lax.broadcast_in_dim(lengths, shape, leading),
+    )
+    return mask
 
 
 _LARGEST_TABLE = 2**16  # entries; it is part of the compiled program
@@ -288,8 +295,9 @@ def expand_leading(name: str, array: jax.Array, shape: tuple[int, ...]) -> jax.A
 
     check_rank(name, array, range(len(shape) + 1), mend)
     check_shape(name, array, shape[: array.ndim], mend)
-    expanded = array.reshape(array.shape + (1,) * (len(shape) - array.ndim))
-    return jnp.broadcast_to(expanded, shape)
+    if array.ndim == len(shape):
+        return array
+    return jax.lax.broadcast_in_dim(array, shape, range(array.ndim))
 
 
 def _mend_alignment(name: str, came: tuple[int, ...], shape: tuple[int, ...]) -> str:

@@ -262,20 +262,29 @@ def divide(total: jax.Array, weight: jax.Array, empty: ArrayLike) -> jax.Array:
             f"has shape {empty.shape}, and the mean {total.shape}: pass a number, or "
             "one for each mean.",
         )
-    return _divide(total, weight, empty)
+    if isinstance(total, jax.core.Tracer):  # a jit of its own takes time to trace
+        return _divide(total, weight, empty)
+    return _divide_compiled(total, weight, empty)
 
 
-@jit_compiled()
 def _divide(total: jax.Array, weight: jax.Array, empty: ArrayLike) -> jax.Array:
     weight, constant = jax.lax.stop_gradient((weight, total))
-    no_weight = weight == 0
-    mean = total / jax.lax.select(no_weight, jnp.ones_like(weight), weight)
+    zero, one = (jax.lax.full_like(weight, x) for x in (0, 1))
+    no_weight = jax.lax.eq(weight, zero)
+    mean = jax.lax.div(total, jax.lax.select(no_weight, one, weight))
     # Chosen by the weight alone, so that the slope of a mean is known from it, and the
     # compiler drops the model where only slopes are wanted.
-    empty = jnp.broadcast_to(jnp.asarray(empty, mean.dtype), mean.shape)
-    empty = align_axes(total, empty)
-    shown = jax.lax.select(constant == 0, empty, constant * math.inf)
+    if isinstance(empty, float | int):
+        empty = jax.lax.full_like(mean, empty)
+    else:
+        empty = jnp.broadcast_to(jnp.asarray(empty, mean.dtype), mean.shape)
+        empty = align_axes(total, empty)
+    infinite = jax.lax.mul(constant, jax.lax.full_like(constant, math.inf))
+    shown = jax.lax.select(jax.lax.eq(constant, zero), empty, infinite)
     return jax.lax.select(no_weight, shown, mean)
+
+
+_divide_compiled = jit_compiled()(_divide)
 
 
 @jit_compiled("fn")

@@ -76,7 +76,7 @@ class UserLoss:
         axes = tuple(self.varying)
         loss = jax.vmap(of_token)(*(vary(x, axes) for x in (logits, *arrays)))
         # A function may have a derivative where it is NaN, as `jnp.maximum` has, 0.
-        return [loss * nan_unless(~jnp.isnan(loss)).astype(loss.dtype)], []
+        return [loss * nan_unless(loss == loss, loss.dtype)], []
 
     def _evaluated(self, shared: Arrays, token: Arrays) -> list[Any]:
         if self.specs is None:

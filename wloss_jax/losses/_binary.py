@@ -58,7 +58,7 @@ def sigmoid_binary_cross_entropy(
 
 
 def _sigmoid_binary_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    positive_part = jnp.where(logits >= 0, logits, 0)
+    positive_part = jax.lax.select(logits >= 0, logits, jax.lax.full_like(logits, 0))
     log_normalizer = jnp.log1p(jnp.exp(-smooth_abs(logits)))
     return positive_part - logits * labels + log_normalizer
 
@@ -113,12 +113,12 @@ def _sigmoid_focal_loss(
     odds = jnp.exp(-smooth_abs(logits))
     likely = 1 / (1 + odds)
     unlikely = odds * likely
-    positive = jnp.where(logits >= 0, likely, unlikely)
-    negative = jnp.where(logits >= 0, unlikely, likely)
+    positive = jax.lax.select(logits >= 0, likely, unlikely)
+    negative = jax.lax.select(logits >= 0, unlikely, likely)
     missed = (1 - labels) * positive + labels * negative
     # A power below 1 has no derivative at 0, and one below 2 no second derivative.
-    smallest = jnp.finfo(missed.dtype).tiny
-    missed = jnp.where(missed > smallest, missed, smallest)
+    smallest = jax.lax.full_like(missed, jnp.finfo(missed.dtype).tiny)
+    missed = jax.lax.select(missed > smallest, missed, smallest)
     loss = _sigmoid_binary_cross_entropy(logits, labels) * missed**gamma
     if alpha is not None:
         loss *= alpha * labels + (1 - alpha) * (1 - labels)

@@ -46,11 +46,20 @@ def nan_unless_class(labels: jax.Array, num_classes: int) -> jax.Array:
     return nan_unless((labels >= 0) & (labels < num_classes))
 
 
-@jit_compiled()  # or `jax_debug_nans` would take the constant for a mistake
-def nan_unless(condition: jax.Array) -> jax.Array:
+def nan_unless(condition: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
     """Gives 1 or NaN: a factor, so that the gradient is NaN too."""
-    one, nan = (jax.lax.full_like(condition, x, jnp.float32) for x in (1, math.nan))
+    if isinstance(condition, jax.core.Tracer):
+        return _nan_unless(condition, dtype)
+    # Compiled, or `jax_debug_nans` would take the constant for a mistake.
+    return _nan_unless_compiled(condition, dtype)
+
+
+def _nan_unless(condition: jax.Array, dtype: Any) -> jax.Array:
+    one, nan = (jax.lax.full_like(condition, x, dtype) for x in (1, math.nan))
     return select(condition, one, nan)
+
+
+_nan_unless_compiled = jit_compiled("dtype")(_nan_unless)
 
 
 def counted_labels(
@@ -111,7 +120,24 @@ def _tangent_of_label(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array
 
 def _gather_label(logits: jax.Array, labels: jax.Array) -> jax.Array:
     # Of a label out of range any score will do: it is masked, or the loss is made NaN.
-    return jnp.take_along_axis(logits, labels[..., None], axis=-1, mode="clip")[..., 0]
+    # The bounds are kept here, which takes XLA less than `mode="clip"` does.
+    last = jnp.asarray(logits.shape[-1] - 1, labels.dtype)
+    labels = jax.lax.clamp(jnp.zeros_like(last), labels, last)
+    batch = tuple(range(labels.ndim))
+    score: jax.Array = jax.lax.gather(
+        logits,
+        jax.lax.expand_dims(labels, [labels.ndim]),
+        jax.lax.GatherDimensionNumbers(
+            offset_dims=(),
+            collapsed_slice_dims=(labels.ndim,),
+            start_index_map=(labels.ndim,),
+            operand_batching_dims=batch,
+            start_indices_batching_dims=batch,
+        ),
+        slice_sizes=(1,) * logits.ndim,
+        mode="promise_in_bounds",
+    )
+    return score
 
 
 def _compare_label(logits: jax.Array, labels: jax.Array) -> jax.Array:
