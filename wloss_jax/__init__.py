@@ -9,7 +9,7 @@ From ragged samples to the gradient step, each line with the module that it live
     m = per_sample.reweight(wl.size_power(0.5)).merge()                # weighting
     loss = (m + another).compute()                                     # means
     m = wl.linear_softmax_cross_entropy(features, kernel, labels)      # linear
-    m, grads = wl.value_and_grad(loss_fn, num_microbatches=8)(params, batch)  # gradients
+    m, grads = wl.value_and_grad(loss_fn, num_microbatches=8)(params, b)   # gradients
     optimizer = wl.multi_steps(optax.adamw(1e-3), every_k=8)           # _multi_steps
     running = running.update(m)                                        # running_mean
 """

@@ -227,7 +227,7 @@ def check_size(name: str, value: object) -> Any:
 
 def is_symbolic(size: object) -> bool:
     """Whether a size is a symbol, of `jax.export.symbolic_shape`, and no number."""
-    return not is_integer(size) and jax.export.is_symbolic_dim(size)
+    return not is_integer(size) and jax.export.is_symbolic_dim(cast(Any, size))
 
 
 def check_function(name: str, value: object) -> None:

@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 
 from wloss_jax._checks import check_array, check_value
 from wloss_jax.losses._masked import Axis, event_last
+from wloss_jax.masks import make_safe
 
 
 def classes_last(
@@ -52,20 +53,19 @@ def log_normalizer(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     Apart, ``logits`` less the one and then the other keep more digits than less both.
     Where all classes are out it is -infinity, with a gradient of 0.
     """
-    highest = jax.lax.stop_gradient(logits.max(axis=-1))
-    shift = jnp.where(jnp.isfinite(highest), highest, 0)
-    total = jnp.exp(logits - shift[..., None]).sum(axis=-1)
-    log_total = jnp.where(
-        total == 0, -math.inf, jnp.log(jnp.where(total == 0, 1, total))
-    )
-    return shift, log_total
+    highest = jax.lax.stop_gradient(logits).max(axis=-1)
+    shift = make_safe(highest, jax.lax.is_finite(highest))
+    total = jax.lax.exp(logits - shift[..., None]).sum(axis=-1)
+    some_are_in = total != 0
+    log_total = jax.lax.log(make_safe(total, some_are_in, 1))
+    return shift, make_safe(log_total, some_are_in, -math.inf)
 
 
 def log_probabilities(logits: jax.Array) -> jax.Array:
     """`jax.nn.log_softmax` that is -infinity, and no NaN, where all classes are out."""
     shift, log_total = log_normalizer(logits)
     # Of a row without classes any finite number will do: they stay -infinity.
-    log_total = jnp.where(log_total == -math.inf, 0, log_total)
+    log_total = make_safe(log_total, log_total != -math.inf)
     return (logits - shift[..., None]) - log_total[..., None]
 
 
@@ -74,12 +74,12 @@ def finite_unless_due(log_probs: jax.Array, shares: jax.Array) -> jax.Array:
 
     So ``share * log_prob`` is 0 there; where the share is another it is infinite.
     """
-    return jnp.where((shares == 0) & (log_probs == -math.inf), 0, log_probs)
+    return make_safe(log_probs, (shares != 0) | (log_probs != -math.inf))
 
 
 def infinite_where_out(loss: jax.Array, score: jax.Array) -> jax.Array:
     """The ``loss``, and infinity, a constant, where the label's score is -infinity."""
-    return jnp.where(score == -math.inf, math.inf, loss)
+    return make_safe(loss, score != -math.inf, math.inf)
 
 
 def mean_of_classes(logits: jax.Array) -> jax.Array:
@@ -92,7 +92,7 @@ def mean_of_classes(logits: jax.Array) -> jax.Array:
     def of_those_in(logits: jax.Array) -> jax.Array:
         is_in = logits != -math.inf
         count = jnp.maximum(is_in.sum(axis=-1), 1).astype(logits.dtype)
-        return jnp.where(is_in, logits, 0).sum(axis=-1) / count
+        return make_safe(logits, is_in).sum(axis=-1) / count
 
     def of_all_first(logits: jax.Array) -> jax.Array:
         mean = logits.mean(axis=-1)

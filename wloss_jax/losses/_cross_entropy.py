@@ -36,6 +36,7 @@ from wloss_jax.losses._masked import (
     guarded,
     public_loss,
 )
+from wloss_jax.masks import make_safe
 from wloss_jax.means import WeightedMean
 
 
@@ -216,7 +217,7 @@ def _integer_cross_entropy(
     loss *= nan_unless_class(labels, logits.shape[-1])
     if is_zero(z_loss):
         return loss
-    return loss + z_loss * jnp.where(lse == -math.inf, 0, lse) ** 2
+    return loss + z_loss * make_safe(lse, lse != -math.inf) ** 2
 
 
 @public_loss

@@ -20,6 +20,7 @@ from wloss_jax.losses._masked import (
     not_below_zero,
     public_loss,
 )
+from wloss_jax.masks import make_safe
 from wloss_jax.means import WeightedMean
 
 
@@ -66,7 +67,7 @@ def kl_divergence(
 
 
 def _kl_divergence(log_predictions: jax.Array, targets: jax.Array) -> jax.Array:
-    log_targets = jnp.log(jnp.where(targets == 0, 1, targets))
+    log_targets = jnp.log(make_safe(targets, targets != 0, 1))
     distances = finite_unless_due(log_predictions - log_targets, targets)
     expected = (targets * distances).sum(axis=-1)
     return infinite_where_out(not_below_zero(-expected), expected)
@@ -118,7 +119,7 @@ def _kl_divergence_with_log_targets(
 ) -> jax.Array:
     targets = jnp.exp(log_targets)
     # Of a target of 0, no logarithm counts.
-    terms = jnp.where(targets == 0, 0, targets * (log_predictions - log_targets))
+    terms = make_safe(targets * (log_predictions - log_targets), targets != 0)
     expected = terms.sum(axis=-1)
     return infinite_where_out(not_below_zero(-expected), expected)
 

@@ -39,7 +39,7 @@ from wloss_jax._devices import (
 )
 from wloss_jax._keywords import check_keywords
 from wloss_jax.losses._labels import nan_unless
-from wloss_jax.masks import fill_masked, freeze
+from wloss_jax.masks import fill_masked, freeze, make_safe
 from wloss_jax.means import WeightedMean, weighted_mean
 
 __all__ = ["Reduction"]  # for the chapters beside this one
@@ -154,7 +154,7 @@ def guarded(
 
 def _mark_nan(values: jax.Array) -> jax.Array:
     """Multiplies by NaN where a value is NaN, so that its gradient is NaN too."""
-    return values * nan_unless(~jnp.isnan(values)).astype(values.dtype)
+    return values * nan_unless(jax.lax.eq(values, values), values.dtype)
 
 
 def _fill_on_auto_axes(
@@ -327,8 +327,9 @@ def not_below_zero(values: jax.Array) -> jax.Array:
     A root of it, as in `wloss_jax.loss_power`, would be NaN. What is further below 0
     than rounding takes it is no rounding, and stays.
     """
-    missing = jax.lax.stop_gradient(jnp.maximum(-values, 0))
-    return values + jnp.where(missing < 64 * jnp.finfo(values.dtype).eps, missing, 0)
+    constant = jax.lax.stop_gradient(values)
+    is_rounding = (constant < 0) & (constant > -64 * jnp.finfo(values.dtype).eps)
+    return values - make_safe(constant, is_rounding)
 
 
 def public_loss(loss: _Loss) -> _Loss:

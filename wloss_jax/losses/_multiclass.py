@@ -23,6 +23,7 @@ from wloss_jax.losses._masked import (
     not_below_zero,
     public_loss,
 )
+from wloss_jax.masks import make_safe
 from wloss_jax.means import WeightedMean
 
 
@@ -147,7 +148,7 @@ def multiclass_sparsemax_loss(
 def _sparsemax(scores: jax.Array, labels: jax.Array) -> jax.Array:
     # A class that is behind the first by more than 1 has no probability: so, as if out.
     behind = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)) - 2
-    behind = jnp.where(jnp.isfinite(behind), behind, 0)
+    behind = make_safe(behind, jnp.isfinite(behind))
     inside = jnp.where(scores == -math.inf, behind, scores)
     # In x64, optax's projection makes float64 of float32, and of its gradient an error:
     # hence all of it in the default dtype.

@@ -160,10 +160,10 @@ def ctc_loss(
         arrays = {name: make_safe(array, counts.mask) for name, array in arrays.items()}
     frames, symbols = arrays["logit_paddings"] < 1, arrays["label_paddings"] < 1
     labels = arrays["labels"]
-    visible_nan = jnp.where(symbols, nan_unless_class(labels, num_classes), 1)
+    visible_nan = make_safe(nan_unless_class(labels, num_classes), symbols, 1)
     logits = make_safe(at_least_float32(arrays["logits"]), frames)
     # -1 equals no label: optax looks whether a padded label repeats the last one.
-    labels = jnp.where(symbols, labels, -1)
+    labels = make_safe(labels, symbols, -1)
     # optax starts a scan from multiples of it, which must vary over devices as data do.
     varying = (jax.typeof(x).manual_axis_type.varying for x in arrays.values())
     log_zero = vary(jnp.float32(log_epsilon), tuple(frozenset().union(*varying)))
