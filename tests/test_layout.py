@@ -22,6 +22,7 @@ ORDER = [
     "_sums",
     "_counting",
     "_arithmetic",
+    "_division",
     "means",
     "weighting",
     "heads",

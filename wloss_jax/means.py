@@ -9,7 +9,6 @@ split invariance: sums do not depend on how their terms are grouped, means do.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, Self, cast
 
@@ -34,6 +33,7 @@ from wloss_jax._devices import (
     jit_compiled,
     psum,
 )
+from wloss_jax._division import divide, size_and_loss, weigh
 
 
 @without_arithmetic(
@@ -190,14 +190,15 @@ class WeightedMean:
         check_function("fn", fn)
         if getattr(fn, "is_value", False):
             return _reweight(self, fn=fn)
-        weight = check_array("fn(size, loss)", fn(*_size_and_loss(self)), float)
+        size, loss = size_and_loss(self.total, self.weight)
+        weight = check_array("fn(size, loss)", fn(size, loss), float)
         check_value(
             "fn",
             weight.shape == self.weight.shape,
             "must return one weight for each entry: "
             f"{self.weight.shape}, not {weight.shape}.",
         )
-        return _weigh(self, weight)
+        return WeightedMean(*weigh(self.total, self.weight, weight))
 
     def __float__(self) -> float:
         check_value(
@@ -252,66 +253,10 @@ def _merge(m: WeightedMean, *, axis: int | tuple[int, ...] | None) -> WeightedMe
     return WeightedMean(m.total.sum(axis), m.weight.sum(axis))
 
 
-def divide(total: jax.Array, weight: jax.Array, empty: ArrayLike) -> jax.Array:
-    """Computes `WeightedMean.compute`."""
-    if not isinstance(empty, float | int):
-        empty = check_array("empty", empty)
-        check_value(
-            "empty",
-            empty.shape in ((), total.shape),
-            f"has shape {empty.shape}, and the mean {total.shape}: pass a number, or "
-            "one for each mean.",
-        )
-    if isinstance(total, jax.core.Tracer):  # a jit of its own takes time to trace
-        return _divide(total, weight, empty)
-    return _divide_compiled(total, weight, empty)
-
-
-def _divide(total: jax.Array, weight: jax.Array, empty: ArrayLike) -> jax.Array:
-    weight, constant = jax.lax.stop_gradient((weight, total))
-    zero, one = (jax.lax.full_like(weight, x) for x in (0, 1))
-    no_weight = jax.lax.eq(weight, zero)
-    mean = jax.lax.div(total, jax.lax.select(no_weight, one, weight))
-    # Chosen by the weight alone, so that the slope of a mean is known from it, and the
-    # compiler drops the model where only slopes are wanted.
-    if isinstance(empty, float | int):
-        empty = jax.lax.full_like(mean, empty)
-    else:
-        empty = jnp.broadcast_to(jnp.asarray(empty, mean.dtype), mean.shape)
-        empty = align_axes(total, empty)
-    infinite = jax.lax.mul(constant, jax.lax.full_like(constant, math.inf))
-    shown = jax.lax.select(jax.lax.eq(constant, zero), empty, infinite)
-    return jax.lax.select(no_weight, shown, mean)
-
-
-_divide_compiled = jit_compiled()(_divide)
-
-
 @jit_compiled("fn")
 def _reweight(m: WeightedMean, *, fn: Callable[..., jax.Array]) -> WeightedMean:
-    return _weigh(m, fn(*_size_and_loss(m)))
-
-
-@jit_compiled()
-def _size_and_loss(m: WeightedMean) -> tuple[jax.Array, jax.Array]:
-    """The size of each entry and its mean, constants; of one without a weight, 1."""
-    size, total = jax.lax.stop_gradient((m.weight, m.total))
-    # So that no scheme has to mind powers of 0.
-    safe_size = jax.lax.select(size == 0, jnp.ones_like(size), size)
-    return safe_size, _divide(total, size, 0.0)
-
-
-@jit_compiled()
-def _weigh(m: WeightedMean, weight: jax.Array) -> WeightedMean:
-    """Gives each entry a ``weight`` and keeps its mean."""
-    no_weight = jax.lax.stop_gradient(m.weight) == 0
-    weight = jnp.where(no_weight, 0, jax.lax.stop_gradient(weight))
-    safe_size, _ = _size_and_loss(m)
-    # In this order: of one weight over another there may be no float32.
-    total = m.total / safe_size * weight
-    # A total without a weight is not empty: it stays, and shows.
-    unweighted = jax.lax.stop_gradient(m.total)
-    return WeightedMean(jnp.where(no_weight, unweighted, total), weight)
+    weight = fn(*size_and_loss(m.total, m.weight))
+    return WeightedMean(*weigh(m.total, m.weight, weight))
 
 
 @compiled_by_option

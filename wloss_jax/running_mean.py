@@ -22,7 +22,8 @@ from wloss_jax._checks import check_type, check_value
 from wloss_jax._devices import (
     jit_compiled,
 )
-from wloss_jax.means import WeightedMean, divide
+from wloss_jax._division import divide
+from wloss_jax.means import WeightedMean
 
 
 @without_arithmetic(

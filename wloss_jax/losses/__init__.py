@@ -1,6 +1,7 @@
 """Losses: any of your own by `masked`, and the named ones, a chapter a family.
 
-* `_masked`: `masked` and `per_sample`, and what makes any elementwise loss safe to mask
+* `_masked`: `masked`, and what makes any elementwise loss safe to mask
+* `_per_sample`: the vmapped form of a loss, which keeps the batch axis
 * `_labels`: integer class labels, which several families share
 * `_regression`: by the difference of a prediction and a target
 * `_likelihoods`: of a target under a predicted distribution
@@ -47,12 +48,13 @@ from wloss_jax.losses._divergences import (
 )
 from wloss_jax.losses._embeddings import cosine_distance, triplet_margin_loss
 from wloss_jax.losses._likelihoods import gaussian_nll, poisson_nll
-from wloss_jax.losses._masked import masked, per_sample
+from wloss_jax.losses._masked import masked
 from wloss_jax.losses._multiclass import (
     multiclass_hinge_loss,
     multiclass_perceptron_loss,
     multiclass_sparsemax_loss,
 )
+from wloss_jax.losses._per_sample import per_sample
 from wloss_jax.losses._regression import (
     absolute_error,
     huber_loss,

@@ -1,4 +1,4 @@
-"""`masked`, which makes any elementwise loss safe to mask, and `per_sample`.
+"""`masked`, which makes any elementwise loss safe to mask.
 
 A loss is an elementwise loss between two guards: what stands at a masked position is
 made harmless *before* the loss sees it, and the loss there is dropped *after*. The
@@ -30,10 +30,8 @@ from wloss_jax._checks import (
 )
 from wloss_jax._counting import SHARED, Reduction, what_counts
 from wloss_jax._devices import (
-    align_rows,
     compiled_by_option,
     explicit_mesh,
-    is_compiled,
     on_auto_axes,
     sharded_like,
 )
@@ -110,7 +108,7 @@ def guarded(
         ``loss_fn`` that may have a derivative where it is NaN, as `jnp.maximum` has, 0;
         where not, looking for NaN costs up to a half for nothing.
     """
-    names = _array_names(loss_fn)
+    names = array_names(loss_fn)
     signature = _with_shared_keywords(loss_fn)
 
     @functools.wraps(loss_fn)
@@ -118,7 +116,7 @@ def guarded(
         check_keywords(signature, keywords, arrays)
         reduction = {k: v for k, v in keywords.items() if k in SHARED}
         options = {k: v for k, v in keywords.items() if k not in SHARED}
-        data = _check_data(_name_all(names, arrays), arrays, event_ndim)
+        data = _check_data(name_all(names, arrays), arrays, event_ndim)
         shape = data[0].shape[: data[0].ndim - event_ndim]
 
         def elementwise(data: list[jax.Array]) -> jax.Array:
@@ -179,89 +177,7 @@ def _fill_on_auto_axes(
     return filled
 
 
-def per_sample(loss: Callable[..., WeightedMean]) -> Callable[..., WeightedMean]:
-    """Vmaps a loss: axis 0 of the data is the batch, and stays.
-
-    ``per_sample(f)(x, y, lengths=n)[b] = f(x[b], y[b], lengths=n[b])``
-
-    Mapped are the arrays and ``where``, ``lengths``, ``weights``, ``segment_ids``;
-    shared by all samples are the options, ``class_weights``, ``kernel`` and ``bias``.
-
-    Args:
-      loss: a loss of this package, or any function with such arguments.
-
-    Returns:
-      A function of the same arguments that returns a `WeightedMean` of ``[B]``.
-
-    Raises:
-      AssertionError: the mapped arguments have no axis 0, or not all the same.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> import wloss_jax as wl
-      >>> x = jnp.array([[1.0, 2.0, 3.0], [5.0, 0.0, 0.0]])
-      >>> lengths = jnp.array([3, 1])
-      >>> wl.per_sample(wl.absolute_error)(x, jnp.zeros((2, 3)), lengths=lengths)
-      WeightedMean(mean=[2. 5.], weight=[3. 1.])
-    """
-    check_function("loss", loss)
-    return _of_public(loss) if is_compiled(loss) else _vmapped(loss)
-
-
-@functools.cache
-def _of_public(loss: Callable[..., WeightedMean]) -> Callable[..., WeightedMean]:
-    """`per_sample` of a loss that is compiled, compiled as well."""
-    return compiled_by_option(_vmapped(loss))
-
-
-def _vmapped(loss: Callable[..., WeightedMean]) -> Callable[..., WeightedMean]:
-    names = _array_names(loss)
-
-    @functools.wraps(loss)
-    def per_sample_loss(*arrays: ArrayLike, **keywords: Any) -> WeightedMean:
-        positional = dict(zip(_name_all(names, arrays), arrays, strict=True))
-        mapped = {
-            name: check_array(name, value)
-            for name, value in (positional | keywords).items()
-            if name in positional or name in names or name in _MAPPED
-            if value is not None and not _is_shared(name, value)
-        }
-        check_value((names or ["predictions"])[0], bool(mapped), "is missing.")
-        _check_batch({name: array.shape for name, array in mapped.items()})
-        shared = {k: v for k, v in keywords.items() if k not in mapped}
-
-        def sample_loss(sample: dict[str, jax.Array]) -> WeightedMean:
-            data = [sample.get(name, array) for name, array in positional.items()]
-            keyed = {k: v for k, v in sample.items() if k not in positional}
-            return loss(*data, **keyed, **shared)
-
-        return jax.vmap(sample_loss)(align_rows(mapped))
-
-    return per_sample_loss
-
-
-_MAPPED = ("where", "lengths", "weights", "segment_ids", "class_mask")
-_UNMAPPED = ("kernel", "bias", "class_weights")
-
-
-def _is_shared(name: str, value: object) -> bool:
-    """Whether all samples share an argument: a mask ``[V]`` of the classes too."""
-    return name in _UNMAPPED or (name == "class_mask" and getattr(value, "ndim", 0) < 2)
-
-
-def _check_batch(shapes: dict[str, tuple[int, ...]]) -> None:
-    first_name, first = next(iter(shapes.items()))
-    check_value(first_name, first != (), "has no axis: axis 0 is the batch.")
-    for name, shape in shapes.items():
-        check_value(
-            name,
-            shape[:1] == first[:1],
-            f"has shape {shape} and `{first_name}` {first}: axis 0 of each is the "
-            "batch, and must be the same.",
-        )
-
-
-def _array_names(loss: Callable[..., Any]) -> list[str]:
+def array_names(loss: Callable[..., Any]) -> list[str]:
     """The names of the positional parameters: the arrays.
 
     One with a default is an option of the user's, unless the default is None, as that
@@ -276,7 +192,7 @@ def _array_names(loss: Callable[..., Any]) -> list[str]:
     ]
 
 
-def _name_all(names: list[str], arrays: tuple[ArrayLike, ...]) -> list[str]:
+def name_all(names: list[str], arrays: tuple[ArrayLike, ...]) -> list[str]:
     """Names each of ``arrays``, those that a ``*args`` took by their number."""
     unnamed = [f"array {i}" for i in range(len(names), len(arrays))]
     return (names + unnamed)[: len(arrays)]
