@@ -22,8 +22,9 @@ from jax.sharding import PartitionSpec as P
 
 import wloss_jax as wl
 
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 4)
+if __name__ == "__main__":  # before the first array is made
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 4)
 
 B, L, F = 32, 6, 4
 RNG = np.random.default_rng(0)

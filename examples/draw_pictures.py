@@ -2,15 +2,24 @@
 
 ``evaluation.svg``: the two-head model of train_two_head.py, trained once and evaluated
 in batches of many sizes, both ways. ``flow.svg``: from two ragged samples to a number.
+``combine.svg``: the losses of any_loss.py, and how far the gradient of averaged
+microbatches is from that of the whole batch.
 """
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import any_loss
+import jax
+import jax.numpy as jnp
 import matplotlib as mpl
 import train_two_head as two_head
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+
+import wloss_jax as wl
 
 FOLDER = Path(__file__).with_name("pictures")
 # Readable on white and on black, as nothing is drawn behind the pictures.
@@ -27,6 +36,7 @@ STYLE = {
     "xtick.color": TEXT,
     "ytick.color": TEXT,
 }
+NUM_MICROBATCHES = (1, 2, 4, 8, 16)
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -62,6 +72,68 @@ def draw_evaluation(weighted: list[float], of_means: list[float]) -> Figure:
     axes.margins(y=0.25)
     axes.set(xlabel="batch size of the evaluation", ylabel="test MAE")
     axes.set_title("One model, one test set, and its error", loc="left", size=12)
+    return figure
+
+
+def errors(params: Any, batch: Any) -> Any:
+    """The parts of a root mean squared error: one mean."""
+    predictions = (batch["x"] @ params["w"])[..., 0]
+    return wl.squared_error(predictions, batch["x"][..., 1], lengths=batch["lengths"])
+
+
+def off(
+    parts: Callable[..., Any], combine: Callable[..., Any], *, by_hand: bool
+) -> Any:
+    """How far the gradient is off at each number of microbatches, relative."""
+
+    def flat(grads: Any) -> jax.Array:
+        return jnp.concatenate([x.ravel() for x in jax.tree.leaves(grads)])
+
+    def gradient(k: int) -> jax.Array:
+        if not by_hand:
+            of_batch = wl.value_and_grad(parts, combine=combine, num_microbatches=k)
+            return flat(jax.jit(of_batch)(any_loss.PARAMS, any_loss.BATCH)[1])
+        cut = jax.tree.map(lambda x: x.reshape(k, -1, *x.shape[1:]), any_loss.BATCH)
+        of_one = jax.vmap(wl.value_and_grad(parts, combine=combine), (None, 0))
+        return flat(jax.tree.map(lambda x: x.mean(0), of_one(any_loss.PARAMS, cut)[1]))
+
+    exact = flat(
+        wl.value_and_grad(parts, combine=combine)(any_loss.PARAMS, any_loss.BATCH)[1]
+    )
+    return [
+        float(jnp.linalg.norm(gradient(k) - exact) / jnp.linalg.norm(exact))
+        for k in NUM_MICROBATCHES
+    ]
+
+
+def draw_combine() -> Figure:
+    """Averages of microbatches by hand, and `combine`, which is flat at 0."""
+    losses = {
+        "CLIP": (any_loss.pairs, any_loss.clip),
+        "Dice": (any_loss.overlaps, any_loss.dice),
+        "Cox": (any_loss.risks, any_loss.cox),
+        "RMSE": (errors, lambda m, params: jnp.sqrt(m.compute())),
+    }
+    figure = Figure(figsize=(7.2, 2.9), layout="constrained")
+    axes = figure.subplots()
+    for (name, (parts, combine)), mark in zip(losses.items(), "sD^v", strict=True):
+        by_hand = off(parts, combine, by_hand=True)
+        axes.plot(NUM_MICROBATCHES, by_hand, mark + "-", color=ORANGE)
+        axes.annotate(
+            name, (NUM_MICROBATCHES[-1], by_hand[-1]), (8, -4), color=ORANGE,
+            textcoords="offset points",
+        )  # fmt: skip
+        ours = off(parts, combine, by_hand=False)
+        axes.plot(NUM_MICROBATCHES, ours, mark + "-", color=BLUE)
+    axes.annotate(
+        "combine", (NUM_MICROBATCHES[-1], 0), (8, -4), color=BLUE,
+        textcoords="offset points", weight="bold",
+    )  # fmt: skip
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(NUM_MICROBATCHES, map(str, NUM_MICROBATCHES))
+    axes.set(xlabel="microbatches", ylabel="error of the gradient")
+    title = "Averaged over microbatches, a loss that is no mean is another loss"
+    axes.set_title(title, loc="left", size=12)
     return figure
 
 
@@ -125,9 +197,13 @@ def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> N
 
 
 def main() -> None:
-    """Draws both."""
+    """Draws all of them."""
     with mpl.rc_context(STYLE):
-        pictures = {"flow": draw_flow(), "evaluation": draw_evaluation(*evaluate())}
+        pictures = {
+            "flow": draw_flow(),
+            "combine": draw_combine(),
+            "evaluation": draw_evaluation(*evaluate()),
+        }
         for name, figure in pictures.items():
             figure.savefig(
                 FOLDER / f"{name}.svg", transparent=True, metadata={"Date": None}

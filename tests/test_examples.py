@@ -49,7 +49,7 @@ def test_the_pictures_are_drawn(monkeypatch, tmp_path):
     draw_pictures.main()
     drawn = sorted(path.name for path in tmp_path.iterdir())
     checked_in = ROOT / "examples" / "pictures"
-    assert drawn == ["evaluation.svg", "flow.svg"]
+    assert drawn == ["combine.svg", "evaluation.svg", "flow.svg"]
     assert all((checked_in / name).is_file() for name in drawn)
 
 

@@ -1,13 +1,20 @@
-"""The README runs as printed: every block, in order, with the output that it shows."""
+"""The README and the guides run as printed: every block, in order, and its output."""
 
 import contextlib
 import io
+import itertools
 import re
 from pathlib import Path
+
+import pytest
 
 from tests.tools import peers
 
 README = Path(__file__).parents[1] / "README.md"
+DOCUMENTS = [README, *sorted((README.parent / "examples").glob("*.md"))]
+every_document = pytest.mark.parametrize(
+    "document", DOCUMENTS, ids=lambda path: path.name
+)
 
 
 def blocks(text: str) -> list[tuple[str, str]]:
@@ -15,22 +22,27 @@ def blocks(text: str) -> list[tuple[str, str]]:
     return re.findall(r"^```(\w+)\n(.*?)^```$", text, re.M | re.S)
 
 
-def test_python_blocks_run_and_print_what_the_text_after_them_says():
+@every_document
+def test_python_blocks_run_and_print_what_the_text_after_them_says(document):
     namespace: dict = {}
-    fenced = blocks(README.read_text())
-    compared = 0
-    for (language, text), (following, expected) in zip(
-        fenced, [*fenced[1:], ("", "")], strict=True
+    text = document.read_text()
+    fenced = blocks(text)
+    for (language, block), (following, expected) in itertools.pairwise(
+        [*fenced, ("", "")]
     ):
         if language != "python":
             continue
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
-            exec(compile(text, str(README), "exec"), namespace)
-        if following == "text" and f"{text}```\n\n```text" in README.read_text():
+            exec(compile(block, str(document), "exec"), namespace)
+        if following == "text" and f"{block}```\n\n```text" in text:
             assert printed.getvalue() == expected
-            compared += 1
-    assert compared >= 1
+
+
+def test_the_readme_fits_a_reader():
+    text = README.read_text()
+    assert len(text.splitlines()) <= 200
+    assert "```text" in text
 
 
 def test_a_new_user_sees_code_run_by_line_30():
@@ -39,10 +51,11 @@ def test_a_new_user_sees_code_run_by_line_30():
     assert "import wloss_jax as wl" in head
 
 
-def test_relative_links_resolve():
-    links = re.findall(r"\]\((?!https?://|#)([^)#]+)", README.read_text())
+@every_document
+def test_relative_links_resolve(document):
+    links = re.findall(r"\]\((?!https?://|#)([^)#]+)", document.read_text())
     for link in links:
-        assert (README.parent / link).exists(), link
+        assert (document.parent / link).exists(), link
 
 
 def test_the_table_has_what_other_packages_do(capsys):

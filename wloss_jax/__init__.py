@@ -67,7 +67,7 @@ from wloss_jax.weighting import loss_power, mean_of_means_bias, size_power
 if TYPE_CHECKING:
     from wloss_jax import nnx as nnx
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     # ragged samples to padded arrays

@@ -1,4 +1,4 @@
-"""What PyTorch computes from the PyTorch lines of the README's porting section.
+"""What PyTorch computes from the PyTorch lines of the porting guide, line by line.
 
     python -m tests.tools.record_torch
 
@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tests.test_readme import README, blocks
+
+GUIDE = README.parent / "examples" / "from_pytorch.md"
 
 GOLDEN = Path(__file__).parents[1] / "oracle" / "torch_golden.json"
 DIFFERENTIABLE = ("pred", "logits", "y_first", "y_second", "scale", "slope", "offset")
@@ -44,7 +46,7 @@ def _assigned(source: str) -> set[str]:
 
 def porting_section() -> tuple[str, list[Row]]:
     """The block that makes the arrays, and the rows."""
-    _, section = README.read_text().split("\n## Porting from PyTorch\n")
+    _, section = GUIDE.read_text().split("\n## Line by line\n")
     (_, arrays), *rest = blocks(section.partition("\n## ")[0])
     languages = [language for language, _ in rest]
     assert languages == ["py", "python"] * (len(rest) // 2), languages
