@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar, overload
 
 import jax
-from flax import nnx
+from flax import nnx, serialization
 from jax.typing import ArrayLike
 
 from wloss_jax._checks import check_flag, check_function, check_type, check_value
@@ -322,3 +322,37 @@ def _check_same_variables(before: Any, after: Any) -> None:
         "cannot: call the module once before, take `sow` out, or use "
         "`num_microbatches=1`.",
     )
+
+
+_untyped: Any = serialization  # some of its functions have no types
+
+
+def _serialized_by(cls: type, names: tuple[str, ...]) -> None:
+    """Tells `flax.serialization` the fields of a class that is a pytree of them."""
+
+    def to_state_dict(value: Any) -> dict[str, Any]:
+        return {
+            name: serialization.to_state_dict(getattr(value, name)) for name in names
+        }
+
+    def from_state_dict(target: Any, state: Mapping[str, Any]) -> Any:
+        check_value(
+            "state",
+            set(state) == set(names),
+            f"has the fields {sorted(state)}, at {_untyped.current_path()}: a "
+            f"`{cls.__name__}` has {sorted(names)}.",
+        )
+        fields = [
+            serialization.from_state_dict(getattr(target, name), state[name], name)
+            for name in names
+        ]
+        return jax.tree.unflatten(jax.tree.structure(target), fields)
+
+    # Once more where the module is loaded anew.
+    _untyped.register_serialization_state(
+        cls, to_state_dict, from_state_dict, override=True
+    )
+
+
+_serialized_by(WeightedMean, ("total", "weight"))
+_serialized_by(RunningMean, ("total", "total_low", "weight", "weight_low"))
