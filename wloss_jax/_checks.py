@@ -220,6 +220,15 @@ def check_count(name: str, value: object, at_least: int = 0) -> int:
     return int(cast(int, value))
 
 
+def check_known(name: str, shape: tuple[Any, ...], rest: str) -> None:
+    """Checks that no size is open, a symbol of `jax.export`, where it must be known."""
+    check_value(
+        name,
+        not any(map(is_symbolic, shape)),
+        lambda: f"has size {' x '.join(map(str, shape))}, which is open: {rest}",
+    )
+
+
 def check_size(name: str, value: object) -> Any:
     """Checks the size of an axis: an integer, or the symbol that `jax.export` has."""
     return value if is_symbolic(value) else check_count(name, value)

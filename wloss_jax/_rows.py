@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from wloss_jax._checks import check_value
+from wloss_jax._checks import check_known, check_value
 from wloss_jax._devices import num_shards, on_auto_axes
 
 PyTree = Any
@@ -121,7 +121,13 @@ def cut_batch(batch: PyTree, count: int) -> Cut:
         "names the batch: axis 0 of every leaf of it must be the batch, to be cut "
         f"into {count} microbatches; got {shapes}.",
     )
-    size = batch_size(batch) or 0
+    (size,) = sizes.pop()
+    check_known(
+        "num_microbatches",
+        (size,),
+        f"how the batch is cut into {count} hangs on its size. Export one program for "
+        "each size, or leave `num_microbatches` at 1.",
+    )
     return Cut(size, max(1, min(count, size)))
 
 

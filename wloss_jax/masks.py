@@ -302,6 +302,8 @@ def expand_leading(name: str, array: jax.Array, shape: tuple[int, ...]) -> jax.A
 
 def _mend_alignment(name: str, came: tuple[int, ...], shape: tuple[int, ...]) -> str:
     """Says how to line up what does not, so that it means the same as before."""
+    if any(map(is_symbolic, came + shape)):  # of symbols no order is known
+        return "Index, reshape or transpose it, so that it has them."
     leading = came[: len(shape)]
     if came[len(shape) :].count(1) == len(came) - len(shape) and leading == shape:
         return f"Reshape it: `{name}.reshape({shape})`."

@@ -19,6 +19,7 @@ from wloss_jax._checks import (
     Option,
     check_array,
     check_count,
+    check_known,
     check_number,
     check_rank,
     check_shape,
@@ -102,6 +103,14 @@ def check_data(
         features.shape[-1] == kernel.shape[0],
         f"does not fit. {due} Transpose a kernel of (V, D), an embedding table say.",
     )
+    for name, array in (("features", features), ("kernel", kernel)):
+        check_known(
+            name,
+            array.shape,
+            "tokens are taken a chunk at a time, and how many chunks there are must be "
+            "known. Export one program for each size, or the loss of logits, "
+            "`softmax_cross_entropy_with_integer_labels` say.",
+        )
     check_value("kernel", kernel.size > 0, f"is empty. {due} D and V are at least 1.")
     if bias is None:
         bias = jnp.zeros(kernel.shape[1:], jnp.float32)
