@@ -181,3 +181,32 @@ def test_rounding_takes_no_loss_below_0(loss):
     }[loss]()
     assert costs.compute().min() >= 0
     assert np.isfinite(costs.reweight(wl.loss_power(0.5)).merge().compute())
+
+
+def test_the_z_loss_knows_classes_that_are_out():
+    """As a term of its own, and in the cross-entropy, the same."""
+
+    def mean(x, **options):
+        return wl.softmax_z_loss(x, **options).compute()
+
+    desired = jax.value_and_grad(mean)(jnp.asarray(SCORES[:, IN]))
+    logits = jnp.where(IN, SCORES, -jnp.inf)
+    assert_same(jax.value_and_grad(mean)(logits), desired)
+    masked = jax.value_and_grad(lambda x: mean(x, class_mask=IN))(jnp.asarray(SCORES))
+    assert_same(masked, desired)
+    tangents = jax.jvp(jax.grad(mean), (logits,), (jnp.ones_like(logits),))
+    assert np.isfinite(tangents).all()
+
+    labels, cross_entropy = LABELS, wl.softmax_cross_entropy_with_integer_labels
+    total = cross_entropy(logits, labels, z_loss=0.5).total
+    apart = cross_entropy(logits, labels).total + 0.5 * wl.softmax_z_loss(logits).total
+    np.testing.assert_allclose(total, apart, rtol=1e-6)
+
+
+def test_the_z_loss_of_no_class_at_all_is_0():
+    logits = jnp.full((2, V), -jnp.inf)
+    value, gradient = jax.value_and_grad(lambda x: wl.softmax_z_loss(x).compute())(
+        logits
+    )
+    assert value == 0
+    assert not np.any(gradient)

@@ -171,6 +171,11 @@ LOSSES = {
     "softmax_cross_entropy_with_integer_labels": Loss(
         lambda x, y: logsumexp(x, -1) - _at(x, y), _classes, _TABLE
     ),
+    "softmax_z_loss": Loss(
+        lambda x: logsumexp(x, -1) ** 2,
+        lambda rng, shape: (_normal(rng, shape),),
+        _TABLE,
+    ),
     "poly_loss_cross_entropy": Loss(_poly, _distributions, _TABLE),
     "multiclass_hinge_loss": Loss(_hinge, _classes, _TABLE),
     "multiclass_perceptron_loss": Loss(

@@ -193,6 +193,7 @@ CASES = [
         own_weight=_weight_of_own_class,
         labels=1,
     ),
+    _case("softmax_z_loss", lambda rng, n: (_scores(rng, n),), (0,), terms=1.0),
     _case("poly_loss_cross_entropy", _distributions, (0,), {"epsilon": -1.0}),
     _case("multiclass_hinge_loss", _labels, (0,), labels=1),
     _case("multiclass_perceptron_loss", _labels, (0,), labels=1),

@@ -165,6 +165,11 @@ def softmax_cross_entropy_with_integer_labels(
     return -(share * log_probabilities).sum() + z_loss * lse**2
 
 
+def softmax_z_loss(logits):
+    lse = logits[0] - log_softmax(logits)[0]
+    return lse**2
+
+
 def poly_loss_cross_entropy(logits, label, epsilon=2.0):
     probabilities = np.exp(log_softmax(logits))
     missed = 1 - (label * probabilities).sum()

@@ -40,6 +40,7 @@ from wloss_jax.losses._cross_entropy import (
     safe_softmax_cross_entropy,
     softmax_cross_entropy,
     softmax_cross_entropy_with_integer_labels,
+    softmax_z_loss,
 )
 from wloss_jax.losses._divergences import (
     generalized_kl_divergence,
@@ -91,6 +92,7 @@ __all__ = [
     "sigmoid_focal_loss",
     "softmax_cross_entropy",
     "softmax_cross_entropy_with_integer_labels",
+    "softmax_z_loss",
     "sparsemax_loss",
     "squared_error",
     "triplet_margin_loss",

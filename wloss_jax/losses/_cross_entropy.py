@@ -215,9 +215,53 @@ def _integer_cross_entropy(
     loss = infinite_where_out(lse - target, score)
     # All of the loss, for the score of a label out of range may have no gradient.
     loss *= nan_unless_class(labels, logits.shape[-1])
-    if is_zero(z_loss):
-        return loss
-    return loss + z_loss * make_safe(lse, lse != -math.inf) ** 2
+    return loss if is_zero(z_loss) else loss + z_loss * _squared(lse)
+
+
+@public_loss
+def softmax_z_loss(
+    logits: ArrayLike,
+    *,
+    axis: Axis = -1,
+    class_mask: ArrayLike | None = None,
+    **reduction: Unpack[Reduction],
+) -> WeightedMean:
+    """Computes the z-loss, which keeps logits from drifting, as a term of its own.
+
+    ``logsumexp_v(x)**2``
+
+    The ``z_loss`` of `softmax_cross_entropy_with_integer_labels` adds it to the loss
+    itself; this is for a figure of its own, or a weight of its own by ``coefficients``
+    of `wloss_jax.value_and_grad`. Where all classes are out it is 0.
+
+    Args:
+      logits: floating ``[..., V]``; one distribution is one element.
+      axis: the axis or axes of the classes; None for all.
+      class_mask: as in `softmax_cross_entropy`.
+      **reduction: the keywords of `weighted_mean`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import wloss_jax as wl
+      >>> loss = wl.softmax_z_loss(jnp.zeros((2, 4)), where=jnp.array([True, False]))
+      >>> print(f"{loss:.4f}")  # log(4)**2
+      1.9218
+
+    Source:
+      Chowdhery et al., PaLM, 2022.
+    """
+    (logits,) = classes_last(axis, class_mask, logits=logits)
+    return guarded(_softmax_z_loss, event_ndim=1, marks_nan=True)(logits, **reduction)
+
+
+def _softmax_z_loss(logits: jax.Array) -> jax.Array:
+    shift, log_total = log_normalizer(logits)
+    return _squared(shift + log_total)
+
+
+def _squared(log_normalizer: jax.Array) -> jax.Array:
+    """The square, and 0 where all classes are out."""
+    return make_safe(log_normalizer, log_normalizer != -math.inf) ** 2
 
 
 @public_loss
