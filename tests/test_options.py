@@ -31,6 +31,17 @@ OPTIONS = {
     ),
     "eps of variances": (wl.gaussian_nll, (X, Y, np.abs(Y)), 0.1),
     "alpha": (wl.sigmoid_focal_loss, (X, SIGNS > 0), 0.25),
+    "beta": (wl.smooth_l1_loss, (X, Y), 0.7),
+    "pos_weight": (wl.sigmoid_binary_cross_entropy, (X, SIGNS > 0), 3.0),
+    "margin of distances": (wl.hinge_embedding_loss, (np.abs(X), SIGNS), 0.5),
+    "margin of scores": (wl.margin_ranking_loss, (X, Y, SIGNS), 0.5),
+    "margin of angles": (wl.cosine_embedding_loss, (*VECTORS[:2], SIGNS), -0.2),
+    "margin of classes": (wl.multi_margin_loss, (VECTORS[0], CLASSES), 0.5),
+    "label_smoothing of probabilities": (
+        wl.softmax_cross_entropy,
+        (VECTORS[0], np.eye(D)[CLASSES]),
+        0.1,
+    ),
     "gamma": (wl.sigmoid_focal_loss, (X, SIGNS > 0), 1.5),
     "label_smoothing": (
         wl.softmax_cross_entropy_with_integer_labels,
@@ -64,6 +75,26 @@ def test_a_traced_option_is_as_good_as_a_number(name):
     # One power or logarithm in place of another: a few roundings of float32.
     np.testing.assert_allclose(traced, numbers, rtol=2e-6)
     np.testing.assert_allclose(mapped, numbers, rtol=2e-6)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_what_is_masked_has_no_part_in_the_gradient_of_an_option(name):
+    loss, arrays, middle = OPTIONS[name]
+    option = name.split(" ")[0]
+
+    def padded(array):
+        fill = np.nan if np.issubdtype(array.dtype, np.floating) else array[0]
+        return np.concatenate([array, np.full_like(array[:2], fill)])
+
+    def slope(arrays, **keywords):
+        return jax.grad(
+            lambda v: loss(
+                *map(jnp.asarray, arrays), **{option: v}, **keywords
+            ).compute()
+        )(middle)
+
+    masked = slope(list(map(padded, arrays)), where=np.arange(L + 2) < L)
+    np.testing.assert_allclose(masked, slope(arrays), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", OPTIONS)

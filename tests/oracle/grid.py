@@ -102,6 +102,29 @@ def _triplets(rng, n):
     return anchors, anchors - rng.uniform(0.05, 0.3, (n, 3)), negatives
 
 
+def _pairs(rng, n):
+    return _real(rng, n, offset=0.03), _real(rng, n, offset=0.07), _signs(rng, n)[1]
+
+
+def _pairs_of_vectors(rng, n):
+    return *_vectors(rng, n), _signs(rng, n)[1]
+
+
+# Labels first, then -1 once; what comes after it does not count.
+def _label_sets(rng, n):
+    sets = np.stack([rng.permutation(CLASSES) for _ in range(n)] or [[0] * 3])[:n]
+    count = rng.integers(1, CLASSES, n)
+    return _scores(rng, n), np.where(np.arange(CLASSES) == count[:, None], -1, sets)
+
+
+def _probabilities(rng, n):
+    return rng.integers(1, 8, n) / 8, rng.integers(0, 9, n) / 8
+
+
+def _log_probabilities(rng, n):
+    return np.log((1 + rng.multinomial(5, [1 / 3] * 3, n)) / 8), _labels(rng, n)[1]
+
+
 # Within a sequence too there is padding, and in it NaN and -1.
 def _sequences(rng, n, frames=3, size=2):
     count = rng.integers(frames - 1, frames + 1, n)
@@ -202,6 +225,37 @@ CASES = [
     _case("kl_divergence_with_log_targets", _vectors, terms=1.0),
     _case("generalized_kl_divergence", _distributions),
     _case("triplet_margin_loss", _triplets, (0, 1, 2), {"norm_degree": 4}),
+    _case("smooth_l1_loss", _regression, options={"beta": 0.7}),
+    _case(
+        "sigmoid_binary_cross_entropy",
+        _soft_binary,
+        options={"pos_weight": 3.0},
+        suffix="_with_pos_weight",
+        terms=1.0,
+    ),
+    _case("binary_cross_entropy", _probabilities, terms=1.0),
+    _case("nll_loss", _log_probabilities, (0,), labels=1),
+    _case(
+        "softmax_cross_entropy",
+        _distributions,
+        options={"label_smoothing": 0.1, "class_weights": CLASS_WEIGHTS},
+        suffix="_smoothed_and_weighted",
+    ),
+    _case("hinge_embedding_loss", _signs, (0,), {"margin": 0.7}),
+    _case("margin_ranking_loss", _pairs, options={"margin": 0.2}),
+    _case("soft_margin_loss", _signs, terms=1.0),
+    _case(
+        "cosine_embedding_loss", _pairs_of_vectors, options={"margin": -0.2}, terms=1.0
+    ),
+    _case("multi_margin_loss", _labels, (0,), {"p": 2, "margin": 0.7}, labels=1),
+    _case("multilabel_margin_loss", _label_sets, (0,)),
+    _case(
+        "multilabel_soft_margin_loss",
+        _distributions,
+        options={"class_weights": CLASS_WEIGHTS},
+        terms=1.0,
+    ),
+    _case("triplet_margin_with_distance_loss", _triplets, (0, 1, 2), {"swap": True}),
     _case("ctc_loss", _sequences, (0,), labels=2, terms=1.0),
     Case("masked_singular", wl.masked(_singular), _singular_reference, _inside, (0, 1)),
     Case(

@@ -115,8 +115,72 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
-def sigmoid_binary_cross_entropy(logit, label):
-    return -label * np.log(sigmoid(logit)) - (1 - label) * np.log(sigmoid(-logit))
+def smooth_l1_loss(prediction, target, beta=1.0):
+    return huber_loss(prediction, target, beta) / beta
+
+
+def hinge_embedding_loss(distance, target, margin=1.0):
+    return distance if target == 1 else max(0, margin - distance)
+
+
+def margin_ranking_loss(first, second, target, margin=0.0):
+    return max(0, -target * (first - second) + margin)
+
+
+def soft_margin_loss(logit, target):
+    return np.logaddexp(0, -target * logit)
+
+
+def cosine_embedding_loss(first, second, target, margin=0.0):
+    cosine = 1 - cosine_distance(first, second)
+    return 1 - cosine if target == 1 else max(0, cosine - margin)
+
+
+def multi_margin_loss(scores, label, p=1, margin=1.0):
+    others = [x for v, x in enumerate(scores) if v != label]
+    return sum(max(0, margin - scores[label] + x) ** p for x in others) / len(scores)
+
+
+def multilabel_margin_loss(scores, labels):
+    own = list(itertools.takewhile(lambda label: label != -1, labels))
+    others = [x for v, x in enumerate(scores) if v not in own]
+    pairs = itertools.product((scores[label] for label in own), others)
+    return sum(max(0, 1 - x + other) for x, other in pairs) / len(scores)
+
+
+def multilabel_soft_margin_loss(logits, labels, class_weights):
+    return np.mean(
+        [
+            weight * sigmoid_binary_cross_entropy(logit, label)
+            for weight, logit, label in zip(class_weights, logits, labels, strict=True)
+        ]
+    )
+
+
+def binary_cross_entropy(probability, label):
+    return -label * np.log(probability) - (1 - label) * np.log(1 - probability)
+
+
+def nll_loss(log_probs, label):
+    return -log_probs[label]
+
+
+def triplet_margin_with_distance_loss(
+    anchor, positive, negative, margin=1.0, swap=False
+):
+    def distance(a, b):
+        return np.sqrt(((a - b + 1e-6) ** 2).sum())
+
+    far = distance(anchor, negative)
+    if swap:
+        far = min(far, distance(positive, negative))
+    return max(distance(anchor, positive) - far + margin, 0)
+
+
+def sigmoid_binary_cross_entropy(logit, label, pos_weight=1):
+    return -pos_weight * label * np.log(sigmoid(logit)) - (1 - label) * np.log(
+        sigmoid(-logit)
+    )
 
 
 def sigmoid_focal_loss(logit, label, alpha=None, gamma=2.0):
@@ -147,8 +211,9 @@ def log_softmax(logits):
     return shifted - np.log(np.exp(shifted).sum())
 
 
-def softmax_cross_entropy(logits, label):
-    return -(label * log_softmax(logits)).sum()
+def softmax_cross_entropy(logits, label, label_smoothing=0, class_weights=1):
+    label = (1 - label_smoothing) * label + label_smoothing / len(logits)
+    return -(class_weights * label * log_softmax(logits)).sum()
 
 
 def safe_softmax_cross_entropy(logits, label):

@@ -16,7 +16,9 @@ from wloss_jax._checks import (
     check_array,
     check_number,
     check_type,
+    check_value,
     describe,
+    is_traced,
 )
 from wloss_jax.losses._labels import (
     nan_unless_class,
@@ -32,15 +34,22 @@ from wloss_jax.means import WeightedMean
 
 @public_loss
 def sigmoid_binary_cross_entropy(
-    logits: ArrayLike, labels: ArrayLike, **reduction: Unpack[Reduction]
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    pos_weight: ArrayLike | None = None,
+    **reduction: Unpack[Reduction],
 ) -> WeightedMean:
     """Computes the cross-entropy of yes-or-no labels.
 
-    ``-y * log(sigmoid(x)) - (1 - y) * log(1 - sigmoid(x))``
+    ``-c * y * log(sigmoid(x)) - (1 - y) * log(1 - sigmoid(x))``, where c
+    is ``pos_weight``, or 1
 
     Args:
       logits: floating ``[...]``; several independent labels make several elements.
       labels: numeric, of the shape of ``logits``: 0 and 1, or probabilities.
+      pos_weight: the factor of label 1, a number or one for each entry of the last
+        axis. It scales the loss and is in no denominator, as in PyTorch.
       **reduction: the keywords of `weighted_mean`.
 
     Example:
@@ -54,10 +63,34 @@ def sigmoid_binary_cross_entropy(
     Source:
       `optax.losses.sigmoid_binary_cross_entropy`.
     """
-    return guarded(_sigmoid_binary_cross_entropy)(logits, labels, **reduction)
+    if pos_weight is None:
+        return guarded(elementwise_cross_entropy)(logits, labels, **reduction)
+    if not is_traced(pos_weight):
+        check_number("pos_weight", pos_weight, 0)
+    pos_weight = check_array("pos_weight", pos_weight)
+    shape = check_array("logits", logits).shape
+    check_value(
+        "pos_weight",
+        pos_weight.shape in ((), shape[-1:]),
+        f"has shape {pos_weight.shape}, and `logits` {shape}: pass a number, or one "
+        "for each entry of the last axis.",
+    )
+    return guarded(_weighted_cross_entropy, marks_nan=True)(
+        logits, labels, pos_weight=pos_weight, **reduction
+    )
 
 
-def _sigmoid_binary_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+def _weighted_cross_entropy(
+    logits: jax.Array, labels: jax.Array, *, pos_weight: jax.Array
+) -> jax.Array:
+    pos_weight = jnp.broadcast_to(pos_weight.astype(logits.dtype), logits.shape)
+    of_yes = elementwise_cross_entropy(logits, jnp.ones_like(logits))
+    of_no = elementwise_cross_entropy(logits, jnp.zeros_like(logits))
+    return pos_weight * labels * of_yes + (1 - labels) * of_no
+
+
+def elementwise_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """The cross-entropy of each yes-or-no label."""
     positive_part = jax.lax.select(logits >= 0, logits, jax.lax.full_like(logits, 0))
     log_normalizer = jnp.log1p(jnp.exp(-smooth_abs(logits)))
     return positive_part - logits * labels + log_normalizer
@@ -119,7 +152,7 @@ def _sigmoid_focal_loss(
     # A power below 1 has no derivative at 0, and one below 2 no second derivative.
     smallest = jax.lax.full_like(missed, jnp.finfo(missed.dtype).tiny)
     missed = jax.lax.select(missed > smallest, missed, smallest)
-    loss = _sigmoid_binary_cross_entropy(logits, labels) * missed**gamma
+    loss = elementwise_cross_entropy(logits, labels) * missed**gamma
     if alpha is not None:
         loss *= alpha * labels + (1 - alpha) * (1 - labels)
     return loss

@@ -82,6 +82,12 @@ def infinite_where_out(loss: jax.Array, score: jax.Array) -> jax.Array:
     return make_safe(loss, score != -math.inf, math.inf)
 
 
+def share_of_classes(logits: jax.Array) -> jax.Array:
+    """One over the number of classes that are not out, and 0 for those that are."""
+    is_in = (logits != -math.inf).astype(logits.dtype)
+    return is_in / jnp.maximum(is_in.sum(axis=-1, keepdims=True), 1)
+
+
 def mean_of_classes(logits: jax.Array) -> jax.Array:
     """The mean of the logits of the classes that are not out.
 

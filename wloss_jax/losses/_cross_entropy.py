@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Unpack
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +22,14 @@ from wloss_jax.losses._classes import (
     log_normalizer,
     log_probabilities,
     mean_of_classes,
+    share_of_classes,
 )
 from wloss_jax.losses._labels import (
+    check_class_weights,
     check_labels,
     counted_labels,
     nan_unless_class,
+    of_classes,
     own_class_weights,
     score_of_label,
 )
@@ -46,17 +49,24 @@ def softmax_cross_entropy(
     labels: ArrayLike,
     *,
     axis: Axis = -1,
+    label_smoothing: Option = 0.0,
+    class_weights: ArrayLike | None = None,
     class_mask: ArrayLike | None = None,
     **reduction: Unpack[Reduction],
 ) -> WeightedMean:
     """Computes the cross-entropy of labels that are distributions over the classes.
 
-    ``-sum_v y_v * log_softmax(x)_v`` with ``0 * log(0) = 0``
+    ``-sum_v c_v * ((1 - s) y_v + s / V) * log_softmax(x)_v`` with ``0 * log(0) = 0``,
+    ``s = label_smoothing`` and c the ``class_weights``
 
     Args:
       logits: floating ``[..., V]``; one distribution is one element.
       labels: numeric, of the shape of ``logits``: one-hot, or probabilities.
       axis: the axis or axes of the classes; None for all.
+      label_smoothing: the share of the labels that is spread evenly over all classes
+        that are not out.
+      class_weights: numbers ``[V]``, which scale the terms and are in no denominator,
+        as in PyTorch for probabilities.
       class_mask: bool ``[V]``, or of the shape of ``logits``: False for a class that is
         out, as one whose logit is -infinity is. It gets no share of anything and no
         gradient; a label that is out costs infinity.
@@ -74,12 +84,29 @@ def softmax_cross_entropy(
       `optax.losses.softmax_cross_entropy`.
     """
     logits, labels = classes_last(axis, class_mask, logits=logits, labels=labels)
+    check_number("label_smoothing", label_smoothing, 0, 1)
+    options: dict[str, Any] = {}
+    if not is_zero(label_smoothing):
+        options["label_smoothing"] = label_smoothing
+    if class_weights is not None:
+        options["class_weights"] = check_class_weights(class_weights, logits)
     return guarded(_softmax_cross_entropy, event_ndim=1, marks_nan=True)(
-        logits, labels, **reduction
+        logits, labels, **options, **reduction
     )
 
 
-def _softmax_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+def _softmax_cross_entropy(
+    logits: jax.Array,
+    labels: jax.Array,
+    *,
+    label_smoothing: Option = 0.0,
+    class_weights: jax.Array | None = None,
+) -> jax.Array:
+    if not is_zero(label_smoothing):
+        share = label_smoothing * share_of_classes(logits)
+        labels = (1 - label_smoothing) * labels + share
+    if class_weights is not None:
+        labels = labels * of_classes(class_weights, logits)
     return _expected_cost(log_probabilities(logits), labels)
 
 

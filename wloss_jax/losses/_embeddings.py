@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Unpack
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from wloss_jax._checks import Option, check_number, is_traced
+from wloss_jax._checks import (
+    Option,
+    check_flag,
+    check_function,
+    check_number,
+    is_traced,
+)
 from wloss_jax.losses._masked import (
     Axis,
     Reduction,
@@ -16,6 +23,7 @@ from wloss_jax.losses._masked import (
     guarded,
     not_below_zero,
     public_loss,
+    spell_out,
 )
 from wloss_jax.means import WeightedMean
 
@@ -138,3 +146,67 @@ def _distance(errors: jax.Array, norm_degree: Option, eps: Option) -> jax.Array:
         # Of components that are 0 the derivative is 0, where that of `jnp.abs` is 1.
         errors = errors * jax.lax.stop_gradient(jnp.sign(errors))
     return ((errors**norm_degree).sum(axis=-1) + eps) ** (1 / norm_degree)
+
+
+@spell_out
+def triplet_margin_with_distance_loss(
+    anchors: ArrayLike,
+    positives: ArrayLike,
+    negatives: ArrayLike,
+    *,
+    distance_fn: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+    margin: Option = 1.0,
+    swap: bool = False,
+    **reduction: Unpack[Reduction],
+) -> WeightedMean:
+    """Computes the triplet loss with a distance of your own.
+
+    ``max(d(anchor, positive) - d(anchor, negative) + margin, 0)``
+
+    Args:
+      anchors: floating ``[..., D]``; one triplet is one element.
+      positives: floating, of the same shape.
+      negatives: floating, of the same shape.
+      distance_fn: two arrays ``[..., D]`` to distances ``[...]``. By default it is the
+        Euclidean one, of PyTorch: ``|a - b + 1e-6|``.
+      margin: by how much nearer, at least 0.
+      swap: whether the negative's distance is that from the anchor or the positive,
+        whichever is nearer.
+      **reduction: the keywords of `weighted_mean`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import wloss_jax as wl
+      >>> anchor, positive = jnp.zeros((1, 2)), jnp.zeros((1, 2))
+      >>> loss = wl.triplet_margin_with_distance_loss(
+      ...     anchor, positive, jnp.array([[0.0, 0.4]]),
+      ...     distance_fn=lambda a, b: jnp.abs(a - b).sum(-1),
+      ... )
+      >>> print(f"{loss.compute():.2f}")
+      0.60
+
+    Source:
+      Options as in ``torch.nn.TripletMarginWithDistanceLoss``.
+    """
+    check_number("margin", margin, 0)
+    check_flag("swap", swap)
+    distance = _euclidean if distance_fn is None else distance_fn
+    check_function("distance_fn", distance)
+
+    def elementwise(
+        anchors: jax.Array, positives: jax.Array, negatives: jax.Array
+    ) -> jax.Array:
+        far = distance(anchors, negatives)
+        if swap:
+            far = jnp.minimum(far, distance(positives, negatives))
+        return jnp.maximum(distance(anchors, positives) - far + margin, 0)
+
+    # The distance may close over arrays: so masked triplets must be in its domain.
+    return guarded(elementwise, event_ndim=1, fills_masked=True, marks_nan=True)(
+        *event_last(-1, anchors=anchors, positives=positives, negatives=negatives),
+        **reduction,
+    )
+
+
+def _euclidean(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.sqrt(((a - b + 1e-6) ** 2).sum(axis=-1))

@@ -74,6 +74,24 @@ def counted_labels(
     return counts & expand_leading("where", where, labels.shape)
 
 
+def check_class_weights(class_weights: ArrayLike, logits: jax.Array) -> jax.Array:
+    """Checks that there is one weight for each class, the last axis of ``logits``."""
+    class_weights = check_weights(class_weights, "class_weights", "class_mask")
+    check_shape(
+        "class_weights",
+        class_weights,
+        logits.shape[-1:],
+        f"has shape {class_weights.shape}: one weight for each of the "
+        f"{logits.shape[-1]} classes is expected.",
+    )
+    return class_weights
+
+
+def of_classes(class_weights: jax.Array, logits: jax.Array) -> jax.Array:
+    """The weight of each class for each of the ``logits``."""
+    return jnp.broadcast_to(class_weights.astype(logits.dtype), logits.shape)
+
+
 def own_class_weights(
     logits: jax.Array,
     labels: jax.Array,
@@ -81,13 +99,7 @@ def own_class_weights(
     weights: ArrayLike | None,
 ) -> jax.Array:
     """Folds the weight of each element's own class into ``weights``."""
-    class_weights = check_weights(class_weights, "class_weights", "class_mask")
-    check_shape(
-        "class_weights",
-        class_weights,
-        logits.shape[-1:],
-        "must have one weight for each class.",
-    )
+    class_weights = check_class_weights(class_weights, logits)
     # A product of two weights is as precise as the sum that it goes into.
     dtype = jnp.result_type(class_weights, logits, jnp.float32)
     own = class_weights.astype(dtype).at[labels].get(mode="clip")

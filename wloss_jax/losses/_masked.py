@@ -27,6 +27,7 @@ from wloss_jax._checks import (
     check_rank,
     check_shape,
     check_value,
+    is_traced,
 )
 from wloss_jax._counting import SHARED, Reduction, what_counts
 from wloss_jax._devices import (
@@ -134,13 +135,15 @@ def guarded(
                 values = mark(values)
             return values
 
+        # The gradient of a traced option, too, adds up over all positions.
+        fills = fills_masked or any(map(is_traced, options.values()))
         if fills_masked and explicit_mesh((data, reduction)) is not None:
             return weighted_mean(
                 elementwise(_fill_on_auto_axes(data, shape, reduction)), **reduction
             )
         counts = what_counts(shape, **reduction)
         if counts.mask is not None:
-            if fills_masked:
+            if fills:
                 data = fill_masked(data, counts.mask)
             else:
                 data = [freeze(array, counts.mask) for array in data]
@@ -250,8 +253,13 @@ def not_below_zero(values: jax.Array) -> jax.Array:
 
 def public_loss(loss: _Loss) -> _Loss:
     """Compiles a loss, and spells out the shared keywords in its signature."""
+    return compiled_by_option(spell_out(loss))
+
+
+def spell_out(loss: _Loss) -> _Loss:
+    """Spells out the shared keywords in the signature of a loss."""
     vars(loss)["__signature__"] = _with_shared_keywords(loss)
-    return compiled_by_option(loss)
+    return loss
 
 
 def _with_shared_keywords(loss: Callable[..., Any]) -> inspect.Signature:

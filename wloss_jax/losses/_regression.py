@@ -141,6 +141,45 @@ def huber_loss(
 
 
 @public_loss
+def smooth_l1_loss(
+    predictions: ArrayLike,
+    targets: ArrayLike,
+    *,
+    beta: Option = 1.0,
+    **reduction: Unpack[Reduction],
+) -> WeightedMean:
+    """Computes PyTorch's form of `huber_loss`, that over its ``delta``.
+
+    ``0.5 * e**2 / beta`` where ``|e| < beta``, else ``|e| - 0.5 * beta``
+
+    Args:
+      predictions: floating ``[...]``.
+      targets: numeric, of the shape of ``predictions``.
+      beta: the error at which the loss turns linear, above 0. (At 0 it would be the
+        `absolute_error`.)
+      **reduction: the keywords of `weighted_mean`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import wloss_jax as wl
+      >>> wl.smooth_l1_loss(jnp.array([1.0, 3.0]), jnp.zeros(2), beta=2.0)
+      WeightedMean(mean=1.125, weight=2.0)
+
+    Source:
+      As ``torch.nn.SmoothL1Loss``; Girshick, Fast R-CNN, 2015.
+    """
+    check_number("beta", beta, 0, strictly=True)
+    return guarded(_smooth_l1_loss)(predictions, targets, beta=beta, **reduction)
+
+
+def _smooth_l1_loss(
+    predictions: jax.Array, targets: jax.Array, *, beta: Option
+) -> jax.Array:
+    loss: jax.Array = optax.losses.huber_loss(predictions, targets, delta=beta)
+    return loss / beta
+
+
+@public_loss
 def log_cosh(
     predictions: ArrayLike, targets: ArrayLike, **reduction: Unpack[Reduction]
 ) -> WeightedMean:
