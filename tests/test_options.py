@@ -154,3 +154,17 @@ def test_every_numeric_option_is_here():
         if isinstance(parameter.default, float)
     }
     assert options - {"log_epsilon"} <= {name.split(" ")[0] for name in OPTIONS}
+
+
+@pytest.mark.parametrize(
+    ("loss", "first", "options"),
+    [
+        (wl.binary_cross_entropy, np.float32([0.2, 0.7]), {}),
+        (wl.sigmoid_binary_cross_entropy, np.float32([0.2, 0.7]), {"pos_weight": 3.0}),
+        (wl.sigmoid_focal_loss, np.float32([0.2, 0.7]), {"alpha": 0.3}),
+    ],
+)
+def test_yes_or_no_labels_may_be_bools(loss, first, options):
+    labels = np.array([True, False])
+    bools = loss(first, labels, **options)
+    assert bools.compute() == loss(first, labels.astype(int), **options).compute()

@@ -84,6 +84,7 @@ def _weighted_cross_entropy(
     logits: jax.Array, labels: jax.Array, *, pos_weight: jax.Array
 ) -> jax.Array:
     pos_weight = jnp.broadcast_to(pos_weight.astype(logits.dtype), logits.shape)
+    labels = labels.astype(logits.dtype)
     of_yes = elementwise_cross_entropy(logits, jnp.ones_like(logits))
     of_no = elementwise_cross_entropy(logits, jnp.zeros_like(logits))
     return pos_weight * labels * of_yes + (1 - labels) * of_no

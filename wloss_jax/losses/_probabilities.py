@@ -54,6 +54,7 @@ def binary_cross_entropy(
 
 def _binary_cross_entropy(probabilities: jax.Array, labels: jax.Array) -> jax.Array:
     yes, no = _log(probabilities), _log(1 - probabilities)
+    labels = labels.astype(probabilities.dtype)
     return -labels * yes - (1 - labels) * no
 
 
