@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 
 from wloss_jax._devices import vary
 from wloss_jax.linear._logits import Arrays, Task
 from wloss_jax.linear._primitives import Device, varying
+from wloss_jax.linear._spread import Spread
 
 
 def chunk_size_of(device: Device, tokens: int, features: int) -> int:
@@ -34,6 +33,7 @@ def sweep(
     kernel_size: int,
     task: Task,
     device: Device,
+    spread: Spread,
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """Calls ``step`` for the tokens that count, a chunk of them at a time.
 
@@ -44,9 +44,9 @@ def sweep(
     counts, for zeros may be outside of the domain of a loss: ``valid`` is False there,
     the values are dropped, and the step must add nothing to the sums.
     """
-    # Tokens in as many blocks as there are devices that they might be spread over, each
-    # gone through by itself: then no device needs a token, or a sum, of another's.
-    num_blocks = math.gcd(mask.size, device.num_devices)
+    # Tokens in as many blocks as there are devices that they are spread over, each gone
+    # through by itself: then no device needs a token, or a sum, of another's.
+    num_blocks = spread.num_blocks
     outer = (num_blocks,) if num_blocks > 1 else ()
     block = mask.size // num_blocks
     each_block = jax.vmap if outer else lambda function, in_axes=0: function
@@ -66,7 +66,10 @@ def sweep(
         )
 
     mask_blocks = mask.reshape(*outer, block)
-    token_blocks = [t.reshape(*outer, block, *t.shape[mask.ndim :]) for t in tokens]
+    token_blocks = [
+        spread.own_tokens(t.reshape(*outer, block, *t.shape[mask.ndim :]))
+        for t in tokens
+    ]
     orders = each_block(valid_first)(mask_blocks)
     num_valid = mask_blocks.sum(axis=-1, dtype=jnp.int32).max()
     if task.vocab_axis_name is not None:
@@ -93,10 +96,10 @@ def sweep(
 
     def body(size: int, carry: Any) -> Any:
         start, so_far = carry
-        so_far = each_block(functools.partial(advance, size), in_axes=(None, 0, 0, 0))(
-            start, orders, token_blocks, so_far
-        )
-        return start + size, so_far
+        values, sums = each_block(
+            functools.partial(advance, size), in_axes=(None, 0, 0, 0)
+        )(start, orders, token_blocks, so_far)
+        return start + size, (values, [spread.own_sums(s) for s in sums])
 
     def has_more_than(size: int, carry: Any) -> Any:
         return carry[0] + size < num_valid
@@ -112,7 +115,7 @@ def sweep(
     values, sums = jax.tree.unflatten(jax.tree.structure(shapes), jaxpr.out_avals)
     zeros = (
         [_zeros(v, *outer, block, *v.shape[1:]) for v in values],
-        [_zeros(s, *outer, *s.shape) for s in sums],
+        [spread.own_sums(_zeros(s, *outer, *s.shape)) for s in sums],
     )
     carry = jnp.int32(0), zeros
     if block:
@@ -126,21 +129,9 @@ def sweep(
     values, sums = carry[1]
     return (
         [v.reshape(*mask.shape, *v.shape[len(outer) + 1 :]) for v in values],
-        [s.sum(axis=0) for s in sums] if outer else sums,
+        [spread.added_up(s) for s in sums],
     )
 
 
 def _zeros(like: Any, *shape: int) -> jax.Array:
     return vary(jnp.zeros(shape, like.dtype), tuple(varying(like)))
-
-
-def whole_columns(kernel: jax.Array, device: Device) -> jax.Array:
-    """Gathers a kernel whose feature axis is sharded, before the rounds.
-
-    Without a mesh in the context, when that happens is left to the compiler.
-    """
-    if device.num_devices == 1 or device.mesh is None:
-        return kernel
-    spec = PartitionSpec(None, PartitionSpec.UNCONSTRAINED)
-    sharding = NamedSharding(device.mesh, spec)
-    return cast(jax.Array, jax.lax.with_sharding_constraint(kernel, sharding))

@@ -7,6 +7,8 @@ less public modules is in this file:
   for types (``def_impl``, ``def_abstract_eval``);
 - `jax.interpreters.mlir`: ``lower_fun``, ``register_lowering``, and what the context of
   a lowering says of devices (``axis_context``);
+- `jaxlib.mlir.dialects.sdy`, and the module that is being lowered: how the arguments
+  of a whole program are sharded;
 - `jax.interpreters.ad`: the registries of jvp and transposition, and symbolic zeros;
 - `jax.interpreters.batching`: the registry of rules for `jax.vmap` that are told the
   axis (``fancy_primitive_batchers``);
@@ -21,7 +23,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -30,6 +32,14 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
+from jaxlib.mlir.dialects import sdy
+
+
+class Argument(NamedTuple):
+    """An argument of the whole program, and how it is sharded."""
+
+    shape: tuple[int, ...]
+    spec: tuple[tuple[str, ...], ...]
 
 
 class Device(NamedTuple):
@@ -37,7 +47,8 @@ class Device(NamedTuple):
 
     platform: str
     num_devices: int = 1  # that the compiler may spread the program over
-    mesh: Any = None
+    mesh: Any = None  # of those
+    arguments: tuple[Argument, ...] = ()  # of the whole program
 
 
 def make_primitive(name: str, function: Callable[..., list[jax.Array]]) -> Primitive:
@@ -59,7 +70,7 @@ def make_primitive(name: str, function: Callable[..., list[jax.Array]]) -> Primi
         return jax.make_jaxpr(on_device)(*avals).out_avals
 
     def lower(platform: str, ctx: Any, *arrays: Any, **params: Any) -> Any:
-        device = _lowered_for(platform, ctx.module_context.axis_context)
+        device = _lowered_for(platform, ctx)
         on_device = functools.partial(function, device=device, **params)
         with jax.default_matmul_precision(params["task"].matmul_precision):
             return mlir.lower_fun(on_device, multiple_results=True)(ctx, *arrays)
@@ -72,15 +83,43 @@ def make_primitive(name: str, function: Callable[..., list[jax.Array]]) -> Primi
     return primitive
 
 
-def _lowered_for(platform: str, context: Any) -> Device:
+def _lowered_for(platform: str, ctx: Any) -> Device:
+    context = ctx.module_context.axis_context
     if isinstance(context, mlir.SPMDAxisContext):
         # Under `jax.shard_map` the program is one device's, but for the axes left out.
         sizes = dict(context.mesh.shape)
         left_out = [sizes[name] for name in sizes if name not in context.manual_axes]
         return Device(platform, math.prod(left_out))
-    if isinstance(context, mlir.ShardingContext):
-        return Device(platform, context.num_devices, context.abstract_mesh)
-    return Device(platform)
+    if not isinstance(context, mlir.ShardingContext) or context.num_devices == 1:
+        return Device(platform)
+    meshes = {aval.sharding.mesh for aval in ctx.avals_in if aval.ndim}
+    meshes = {mesh for mesh in meshes if mesh.size == context.num_devices}
+    if len(meshes) != 1:
+        return Device(platform, context.num_devices)
+    arguments = tuple(_arguments(ctx.module_context.module))
+    return Device(platform, context.num_devices, meshes.pop(), arguments)
+
+
+def _arguments(module: Any) -> Iterator[Argument]:
+    """The arrays that the program of a module takes, where they are sharded by axes."""
+    (main,) = (
+        operation
+        for operation in module.body.operations
+        if "sym_name" in operation.attributes
+        and operation.attributes["sym_name"].value == "main"
+    )
+    attributes = main.attributes.get("arg_attrs", [])
+    for array, attribute in zip(main.type.inputs, attributes, strict=False):
+        if "sdy.sharding" in attribute:
+            sharding = sdy.TensorShardingAttr(attribute["sdy.sharding"])
+            spec = [
+                tuple(
+                    sdy.AxisRefAttr(axis).name
+                    for axis in sdy.DimensionShardingAttr(of_axis).axes
+                )
+                for of_axis in sharding.dimension_shardings
+            ]
+            yield Argument(tuple(array.shape), tuple(spec))
 
 
 # ---------------------------------------------------------------- rules of a primitive

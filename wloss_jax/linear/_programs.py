@@ -8,15 +8,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from wloss_jax.linear._chunks import sweep, whole_columns
+from wloss_jax.linear._chunks import sweep
 from wloss_jax.linear._logits import Arrays, Place, Task, logits_of, named, product
 from wloss_jax.linear._primitives import Device, make_primitive
+from wloss_jax.linear._spread import spread_of
 
 
 def losses_of_tokens(*operands: jax.Array, task: Task, device: Device) -> list[Any]:
     """The outputs and the residuals of each token."""
     given, _ = named(task, operands)
-    kernel = whole_columns(given.kernel, device)
+    spread = spread_of(given.kernel, given.mask, device)
+    kernel = spread.whole_columns(given.kernel)
     place = Place(device.platform, task.vocab_axis_name)
 
     def step(_: jax.Array, x: jax.Array, *arrays: jax.Array) -> Any:
@@ -25,7 +27,7 @@ def losses_of_tokens(*operands: jax.Array, task: Task, device: Device) -> list[A
         return [*outputs, *residuals], []
 
     tokens = (given.features, *given.arrays)
-    values, _ = sweep(step, tokens, given.mask, kernel.shape[0], task, device)
+    values, _ = sweep(step, tokens, given.mask, kernel.shape[0], task, device, spread)
     return values
 
 
@@ -54,7 +56,8 @@ def gradients_of_tokens(
     ``with_values``, no residuals, and the outputs and residuals come first.
     """
     given, rest = named(task, operands)
-    kernel = whole_columns(given.kernel, device)
+    spread = spread_of(given.kernel, given.mask, device)
+    kernel = spread.whole_columns(given.kernel)
     place = Place(device.platform, task.vocab_axis_name)
     loss, num_outputs, num_arrays = task.loss, task.loss.num_outputs, task.num_arrays
     largest = largest_weight(given.features.dtype, rest[:num_outputs], given.mask)
@@ -115,7 +118,9 @@ def gradients_of_tokens(
         return values, [*sums, *others[of_arrays:]]
 
     tokens = (given.features, *given.arrays, *rest)
-    values, sums = sweep(step, tokens, given.mask, kernel.shape[0], task, device)
+    values, sums = sweep(
+        step, tokens, given.mask, kernel.shape[0], task, device, spread
+    )
     sums = [s * largest for s in sums]
     num_values = with_values * (num_outputs + loss.num_residuals)
     values, of_tokens, of_all = values[:num_values], values[num_values:], sums
@@ -145,7 +150,8 @@ def tangents_of_tokens(
     After the operands come the residuals, for the transpose, and then the tangents.
     """
     given, rest = named(task, operands)
-    kernel = whole_columns(given.kernel, device)
+    spread = spread_of(given.kernel, given.mask, device)
+    kernel = spread.whole_columns(given.kernel)
     place = Place(device.platform, task.vocab_axis_name)
     loss, num_arrays = task.loss, task.num_arrays
     tangents = rest[loss.num_residuals :]
@@ -181,7 +187,7 @@ def tangents_of_tokens(
     tokens = [given.features, *given.arrays]
     tokens += [of_x] if of_x is not None else []
     tokens += changing
-    values, _ = sweep(step, tokens, given.mask, kernel.shape[0], task, device)
+    values, _ = sweep(step, tokens, given.mask, kernel.shape[0], task, device, spread)
     return values
 
 
