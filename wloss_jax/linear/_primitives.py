@@ -102,24 +102,21 @@ def _lowered_for(platform: str, ctx: Any) -> Device:
 
 def _arguments(module: Any) -> Iterator[Argument]:
     """The arrays that the program of a module takes, where they are sharded by axes."""
-    (main,) = (
-        operation
-        for operation in module.body.operations
-        if "sym_name" in operation.attributes
-        and operation.attributes["sym_name"].value == "main"
-    )
-    attributes = main.attributes.get("arg_attrs", [])
-    for array, attribute in zip(main.type.inputs, attributes, strict=False):
-        if "sdy.sharding" in attribute:
-            sharding = sdy.TensorShardingAttr(attribute["sdy.sharding"])
-            spec = [
-                tuple(
-                    sdy.AxisRefAttr(axis).name
-                    for axis in sdy.DimensionShardingAttr(of_axis).axes
-                )
-                for of_axis in sharding.dimension_shardings
-            ]
-            yield Argument(tuple(array.shape), tuple(spec))
+    for operation in module.body.operations:
+        attributes = operation.attributes
+        if "arg_attrs" not in attributes or attributes["sym_name"].value != "main":
+            continue
+        types = operation.type.inputs
+        for array, attribute in zip(types, attributes["arg_attrs"], strict=True):
+            if "sdy.sharding" in attribute:
+                sharding = sdy.TensorShardingAttr(attribute["sdy.sharding"])
+                spec = tuple(map(_axes, sharding.dimension_shardings))
+                yield Argument(tuple(array.shape), spec)
+
+
+def _axes(of_dimension: Any) -> tuple[str, ...]:
+    axes = sdy.DimensionShardingAttr(of_dimension).axes
+    return tuple(sdy.AxisRefAttr(axis).name for axis in axes)
 
 
 # ---------------------------------------------------------------- rules of a primitive
