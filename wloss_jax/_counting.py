@@ -185,7 +185,8 @@ def _count_mask(mask: jax.Array, dtype: Any) -> jax.Array:
 def _count_lengths(lengths: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """Counts what `wloss_jax.length_mask` marks, without looking at a mask."""
     size, *rest = shape[lengths.ndim :]
-    counts = convert(jnp.clip(lengths, 0, size), jnp.int32)
+    none, all_of_them = (jnp.asarray(n, lengths.dtype) for n in (0, size))
+    counts = convert(jax.lax.clamp(none, lengths, all_of_them), jnp.int32)
     return _add_counts(counts, size, dtype, times=math.prod(rest))
 
 
