@@ -16,8 +16,13 @@ import wloss_jax as wl
 from tests.benchmarks import eager
 from tests.oracle import grid
 
-# Those of optax and of a user; and a few that choose by numbers and arrays mixed.
-OTHERS = ("ctc_loss", "sparsemax", "masked", "quantile", "full_of_rates", "gaussian")
+# Those of optax and of a user, those that put elements that count in the place of those
+# that do not, and a few that choose by numbers and arrays mixed.
+OTHERS = (
+    *("ctc_loss", "sparsemax", "masked", "quantile", "full_of_rates", "gaussian"),
+    *("pos_weight", "smoothed_and_weighted", "with_distance", "embedding", "nll"),
+    "multilabel_margin",
+)
 DEAR = {"_where", "clip", "take_along_axis"}
 OWN = [case for case in grid.CASES if not any(name in case.name for name in OTHERS)]
 

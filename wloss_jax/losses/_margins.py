@@ -18,6 +18,7 @@ from wloss_jax.losses._masked import (
     public_loss,
 )
 from wloss_jax.losses._regression import smooth_abs
+from wloss_jax.masks import make_safe
 from wloss_jax.means import WeightedMean
 
 
@@ -139,7 +140,7 @@ def soft_margin_loss(
 def _soft_margin_loss(logits: jax.Array, targets: jax.Array) -> jax.Array:
     short = -targets * logits
     log_normalizer = jnp.log1p(jnp.exp(-smooth_abs(short)))
-    return jnp.where(short >= 0, short, 0) + log_normalizer
+    return make_safe(short, short >= 0) + log_normalizer
 
 
 @public_loss

@@ -26,6 +26,7 @@ from wloss_jax.losses._labels import (
     score_of_label,
 )
 from wloss_jax.losses._masked import Reduction, event_last, guarded, public_loss
+from wloss_jax.masks import make_safe
 from wloss_jax.means import WeightedMean
 
 
@@ -85,10 +86,10 @@ def _multi_margin_loss(
     classes = jax.lax.broadcasted_iota(labels.dtype, scores.shape, scores.ndim - 1)
     is_in = scores != -math.inf
     score = score_of_label(scores, labels)
-    finite = jnp.where(score == -math.inf, 0, score)
-    short = margin - finite[..., None] + jnp.where(is_in, scores, 0)
+    finite = make_safe(score, score != -math.inf)
+    short = margin - finite[..., None] + make_safe(scores, is_in)
     counts = (classes != labels[..., None]) & is_in
-    short = jnp.where(counts, jnp.maximum(short, 0), 0)
+    short = make_safe(jnp.maximum(short, 0), counts)
     size = jnp.maximum(is_in.sum(axis=-1), 1).astype(scores.dtype)
     loss = infinite_where_out((short**p).sum(axis=-1) / size, score)
     return loss * nan_unless_class(labels, scores.shape[-1])
@@ -136,7 +137,7 @@ def _multilabel_margin_loss(scores: jax.Array, labels: jax.Array) -> jax.Array:
     own = jnp.take_along_axis(scores, labels, axis=-1, mode="clip")
     short = jnp.maximum(1 - own[..., :, None] + scores[..., None, :], 0)
     counts = is_there[..., :, None] & ~is_label[..., None, :]
-    loss = jnp.where(counts, short, 0).sum(axis=(-2, -1)) / size
+    loss = make_safe(short, counts).sum(axis=(-2, -1)) / size
     return loss * visible.prod(axis=-1)
 
 

@@ -17,6 +17,7 @@ from wloss_jax.losses._labels import (
     score_of_label,
 )
 from wloss_jax.losses._masked import Reduction, guarded, public_loss
+from wloss_jax.masks import make_safe
 from wloss_jax.means import WeightedMean
 
 
@@ -60,10 +61,10 @@ def _binary_cross_entropy(probabilities: jax.Array, labels: jax.Array) -> jax.Ar
 
 def _log(probabilities: jax.Array) -> jax.Array:
     """The logarithm of what is not negative, at least -100."""
-    is_zero = probabilities == 0
-    logarithm = jnp.log(jnp.where(is_zero, 1, probabilities))
+    is_above = probabilities != 0
+    logarithm = jnp.log(make_safe(probabilities, is_above, 1))
     # Of NaN, the comparison is false, and NaN stays.
-    return jnp.where(is_zero | (logarithm < -100), -100, logarithm)
+    return make_safe(logarithm, is_above & ~(logarithm < -100), -100)
 
 
 @public_loss
