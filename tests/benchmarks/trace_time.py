@@ -35,6 +35,7 @@ def _case(name: str, keyword: str) -> Case:
     rows, size = arrays[0].shape[:2]
     lengths = rng.integers(size // 4, size + 1, rows, np.int32)
     counts = {"lengths": lengths, "where": np.arange(size) < lengths[:, None]}
+    arguments = arrays[0], arrays[1:], jnp.asarray(counts[keyword])
 
     def ours(first, others, counted):
         return getattr(wl, name)(first, *others, **{keyword: counted}).compute()
@@ -53,8 +54,7 @@ def _case(name: str, keyword: str) -> Case:
             def traced(*args):
                 return mean(*args)
 
-            step = jax.jit(jax.value_and_grad(traced))
-            step.lower(arrays[0], arrays[1:], jnp.asarray(counts[keyword]))
+            jax.jit(jax.value_and_grad(traced)).lower(*arguments)
 
         return lower
 
