@@ -68,9 +68,9 @@ def kl_divergence(
 
 def _kl_divergence(log_predictions: jax.Array, targets: jax.Array) -> jax.Array:
     log_targets = jnp.log(make_safe(targets, targets != 0, 1))
-    distances = finite_unless_due(log_predictions - log_targets, targets)
-    expected = (targets * distances).sum(axis=-1)
-    return infinite_where_out(not_below_zero(-expected), expected)
+    distances = log_targets - finite_unless_due(log_predictions, targets)
+    cost = (targets * distances).sum(axis=-1)
+    return infinite_where_out(not_below_zero(cost), -cost)
 
 
 @public_loss
@@ -119,9 +119,9 @@ def _kl_divergence_with_log_targets(
 ) -> jax.Array:
     targets = jnp.exp(log_targets)
     # Of a target of 0, no logarithm counts.
-    terms = make_safe(targets * (log_predictions - log_targets), targets != 0)
-    expected = terms.sum(axis=-1)
-    return infinite_where_out(not_below_zero(-expected), expected)
+    terms = make_safe(targets * (log_targets - log_predictions), targets != 0)
+    cost = terms.sum(axis=-1)
+    return infinite_where_out(not_below_zero(cost), -cost)
 
 
 @public_loss
