@@ -3,6 +3,7 @@
 import contextlib
 import io
 import itertools
+import json
 import re
 from pathlib import Path
 
@@ -65,3 +66,18 @@ def test_the_table_has_what_other_packages_do(capsys):
     assert numbers["wloss_jax"] == ["5.800", "5.800", "5.800,", "gradient", "finite"]
     assert numbers["optax"] == ["5.800", "13.000", "5.800,", "gradient", "NaN"]
     assert numbers["flax"] == ["5.800", "5.800", "nan,", "gradient", "NaN"]
+
+
+def test_the_notebook_prints_what_it_shows():
+    notebook = json.loads((README.parent / "examples" / "tour.ipynb").read_text())
+    namespace: dict = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] != "code":
+            for link in re.findall(r"\]\(([^)#]+)", "".join(cell["source"])):
+                assert (README.parent / "examples" / link).exists(), link
+            continue
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec("".join(cell["source"]), namespace)
+        shown = "".join(text for output in cell["outputs"] for text in output["text"])
+        assert printed.getvalue() == shown
