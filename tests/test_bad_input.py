@@ -198,7 +198,7 @@ def options_of(case):
 def test_options_that_are_no_numbers_are_named(case):
     for name in options_of(case):
         for what in NO_OPTIONS.values():
-            if name == "distance_fn" and what is len:
+            if name == "distance_function" and what is len:
                 continue  # it may be any function
             call = functools.partial(case.loss, **arrays_of(case) | {name: what})
             assert_names(f"`{name}`", call)
@@ -217,16 +217,19 @@ OUT_OF_RANGE = {
         "ignore_index": (0.5, True),
     },
     "poly_loss_cross_entropy": {"epsilon": (None, True)},
-    "smooth_l1_loss": {"beta": (0, -1, None)},
-    "hinge_embedding_loss": {"margin": (-1, None)},
-    "margin_ranking_loss": {"margin": (-1, None)},
+    "smooth_l1_loss": {"beta": (-1e-3, None, np.inf)},
+    "hinge_embedding_loss": {"margin": (np.nan, None)},
+    "margin_ranking_loss": {"margin": (np.inf, None)},
     "cosine_embedding_loss": {"margin": (-1.5, 1.5, None)},
-    "multi_margin_loss": {"p": (0, 3, 1.5), "margin": (-1, None)},
+    "multi_margin_loss": {
+        "p": (0, 3, 1.5, True, np.ones(2, np.float32), jnp.float32(1)),
+        "margin": (np.inf, None),
+    },
     "softmax_cross_entropy": {"label_smoothing": (-0.1, 1.5, True)},
     "nll_loss": {"ignore_index": (0.5, True)},
-    "sigmoid_binary_cross_entropy": {"pos_weight": (np.ones(2),)},
+    "sigmoid_binary_cross_entropy": {"pos_weight": (np.ones(2), -1e-3, True)},
     "triplet_margin_with_distance_loss": {
-        "distance_fn": (2,),
+        "distance_function": (2,),
         "margin": (-1, None),
         "swap": (None, 1),
     },
@@ -234,6 +237,7 @@ OUT_OF_RANGE = {
         "norm_degree": (0, -2, 0.5, None, np.nan),
         "margin": (-1, None, np.inf),
         "eps": (-1,),
+        "swap": (None, 1),
     },
     "ctc_loss": {"blank_id": (-1, V, 0.5, None), "log_epsilon": (1.0, None)},
 }

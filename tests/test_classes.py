@@ -25,11 +25,15 @@ INTEGERS = {
     "hinge": (wl.multiclass_hinge_loss, {}),
     "perceptron": (wl.multiclass_perceptron_loss, {}),
     "sparsemax": (wl.multiclass_sparsemax_loss, {}),
+    "multi margin": (wl.multi_margin_loss, {"p": 2}),
+    "nll": (wl.nll_loss, {}),
 }
 DISTRIBUTIONS = {
     "dense": (wl.softmax_cross_entropy, {}),
     "safe": (wl.safe_softmax_cross_entropy, {}),
     "poly": (wl.poly_loss_cross_entropy, {"epsilon": 1.5}),
+    "dense smoothed": (wl.softmax_cross_entropy, {"label_smoothing": 0.1}),
+    "multilabel": (wl.multilabel_soft_margin_loss, {}),
 }
 
 

@@ -37,7 +37,7 @@ def sigmoid_binary_cross_entropy(
     logits: ArrayLike,
     labels: ArrayLike,
     *,
-    pos_weight: ArrayLike | None = None,
+    pos_weight: Option | None = None,
     **reduction: Unpack[Reduction],
 ) -> WeightedMean:
     """Computes the cross-entropy of yes-or-no labels.
@@ -65,29 +65,31 @@ def sigmoid_binary_cross_entropy(
     """
     if pos_weight is None:
         return guarded(elementwise_cross_entropy)(logits, labels, **reduction)
-    if not is_traced(pos_weight):
+    if is_traced(pos_weight):
+        pos_weight = check_array("pos_weight", pos_weight)
+        shape = check_array("logits", logits).shape
+        check_value(
+            "pos_weight",
+            pos_weight.shape in ((), shape[-1:]),
+            f"has shape {pos_weight.shape}, and `logits` {shape}: pass a number, or "
+            "one for each entry of the last axis.",
+        )
+    else:
         check_number("pos_weight", pos_weight, 0)
-    pos_weight = check_array("pos_weight", pos_weight)
-    shape = check_array("logits", logits).shape
-    check_value(
-        "pos_weight",
-        pos_weight.shape in ((), shape[-1:]),
-        f"has shape {pos_weight.shape}, and `logits` {shape}: pass a number, or one "
-        "for each entry of the last axis.",
-    )
     return guarded(_weighted_cross_entropy, marks_nan=True)(
         logits, labels, pos_weight=pos_weight, **reduction
     )
 
 
 def _weighted_cross_entropy(
-    logits: jax.Array, labels: jax.Array, *, pos_weight: jax.Array
+    logits: jax.Array, labels: jax.Array, *, pos_weight: Option
 ) -> jax.Array:
-    pos_weight = jnp.broadcast_to(pos_weight.astype(logits.dtype), logits.shape)
+    factor = jnp.asarray(pos_weight, logits.dtype)
     labels = labels.astype(logits.dtype)
     of_yes = elementwise_cross_entropy(logits, jnp.ones_like(logits))
     of_no = elementwise_cross_entropy(logits, jnp.zeros_like(logits))
-    return pos_weight * labels * of_yes + (1 - labels) * of_no
+    factors = jnp.broadcast_to(factor, logits.shape)
+    return factors * labels * of_yes + (1 - labels) * of_no
 
 
 def elementwise_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:

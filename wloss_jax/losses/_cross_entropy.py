@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Any, Unpack
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
@@ -85,13 +86,12 @@ def softmax_cross_entropy(
     """
     logits, labels = classes_last(axis, class_mask, logits=logits, labels=labels)
     check_number("label_smoothing", label_smoothing, 0, 1)
-    options: dict[str, Any] = {}
-    if not is_zero(label_smoothing):
-        options["label_smoothing"] = label_smoothing
     if class_weights is not None:
-        options["class_weights"] = check_class_weights(class_weights, logits)
-    return guarded(_softmax_cross_entropy, event_ndim=1, marks_nan=True)(
-        logits, labels, **options, **reduction
+        class_weights = check_class_weights(class_weights, logits)
+    # No option: a constant, with no gradient that what is masked could spoil.
+    loss = functools.partial(_softmax_cross_entropy, class_weights=class_weights)
+    return guarded(loss, event_ndim=1, marks_nan=True)(
+        logits, labels, label_smoothing=label_smoothing, **reduction
     )
 
 
@@ -106,7 +106,8 @@ def _softmax_cross_entropy(
         share = label_smoothing * share_of_classes(logits)
         labels = (1 - label_smoothing) * labels + share
     if class_weights is not None:
-        labels = labels * of_classes(class_weights, logits)
+        scales = of_classes(class_weights, logits)
+        labels = make_safe(labels * scales, scales != 0)
     return _expected_cost(log_probabilities(logits), labels)
 
 

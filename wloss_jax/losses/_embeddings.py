@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Unpack
 
@@ -11,11 +12,15 @@ from jax.typing import ArrayLike
 
 from wloss_jax._checks import (
     Option,
+    check_array,
     check_flag,
     check_function,
     check_number,
+    check_shape,
     is_traced,
 )
+from wloss_jax._keywords import keywords_checked
+from wloss_jax.losses._margins import hinge
 from wloss_jax.losses._masked import (
     Axis,
     Reduction,
@@ -25,6 +30,7 @@ from wloss_jax.losses._masked import (
     public_loss,
     spell_out,
 )
+from wloss_jax.masks import make_safe
 from wloss_jax.means import WeightedMean
 
 
@@ -88,6 +94,7 @@ def triplet_margin_loss(
     norm_degree: Option = 2,
     margin: Option = 1.0,
     eps: Option = 1e-6,
+    swap: bool = False,
     **reduction: Unpack[Reduction],
 ) -> WeightedMean:
     """Computes the triplet loss: positives nearer to the anchor than negatives.
@@ -103,6 +110,8 @@ def triplet_margin_loss(
       norm_degree: n, at least 1.
       margin: by how much nearer, at least 0.
       eps: keeps the gradient of a distance of 0 finite.
+      swap: whether the negative's distance is that from the anchor or the positive,
+        whichever is nearer.
       **reduction: the keywords of `weighted_mean`.
 
     Example:
@@ -120,9 +129,15 @@ def triplet_margin_loss(
     check_number("norm_degree", norm_degree, 1)
     check_number("margin", margin, 0)
     check_number("eps", eps, 0)
+    check_flag("swap", swap)
     arrays = event_last(axis, anchors=anchors, positives=positives, negatives=negatives)
     return guarded(_triplet_margin_loss, event_ndim=1, marks_nan=True)(
-        *arrays, norm_degree=norm_degree, margin=margin, eps=eps, **reduction
+        *arrays,
+        norm_degree=norm_degree,
+        margin=margin,
+        eps=eps,
+        swap=swap,
+        **reduction,
     )
 
 
@@ -134,9 +149,12 @@ def _triplet_margin_loss(
     norm_degree: Option,
     margin: Option,
     eps: Option,
+    swap: bool,
 ) -> jax.Array:
     near = _distance(anchors - positives, norm_degree, eps)
     far = _distance(anchors - negatives, norm_degree, eps)
+    if swap:
+        far = jnp.minimum(far, _distance(positives - negatives, norm_degree, eps))
     return jnp.maximum(near - far + margin, 0)
 
 
@@ -148,13 +166,17 @@ def _distance(errors: jax.Array, norm_degree: Option, eps: Option) -> jax.Array:
     return ((errors**norm_degree).sum(axis=-1) + eps) ** (1 / norm_degree)
 
 
+Distance = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+@keywords_checked
 @spell_out
 def triplet_margin_with_distance_loss(
     anchors: ArrayLike,
     positives: ArrayLike,
     negatives: ArrayLike,
     *,
-    distance_fn: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+    distance_function: Distance | None = None,
     margin: Option = 1.0,
     swap: bool = False,
     **reduction: Unpack[Reduction],
@@ -167,8 +189,8 @@ def triplet_margin_with_distance_loss(
       anchors: floating ``[..., D]``; one triplet is one element.
       positives: floating, of the same shape.
       negatives: floating, of the same shape.
-      distance_fn: two arrays ``[..., D]`` to distances ``[...]``. By default it is the
-        Euclidean one, of PyTorch: ``|a - b + 1e-6|``.
+      distance_function: two arrays ``[..., D]`` to distances ``[...]``. By default it
+        is the Euclidean one, of PyTorch: ``|a - b + 1e-6|``.
       margin: by how much nearer, at least 0.
       swap: whether the negative's distance is that from the anchor or the positive,
         whichever is nearer.
@@ -180,7 +202,7 @@ def triplet_margin_with_distance_loss(
       >>> anchor, positive = jnp.zeros((1, 2)), jnp.zeros((1, 2))
       >>> loss = wl.triplet_margin_with_distance_loss(
       ...     anchor, positive, jnp.array([[0.0, 0.4]]),
-      ...     distance_fn=lambda a, b: jnp.abs(a - b).sum(-1),
+      ...     distance_function=lambda a, b: jnp.abs(a - b).sum(-1),
       ... )
       >>> print(f"{loss.compute():.2f}")
       0.60
@@ -190,23 +212,65 @@ def triplet_margin_with_distance_loss(
     """
     check_number("margin", margin, 0)
     check_flag("swap", swap)
-    distance = _euclidean if distance_fn is None else distance_fn
-    check_function("distance_fn", distance)
-
-    def elementwise(
-        anchors: jax.Array, positives: jax.Array, negatives: jax.Array
-    ) -> jax.Array:
-        far = distance(anchors, negatives)
-        if swap:
-            far = jnp.minimum(far, distance(positives, negatives))
-        return jnp.maximum(distance(anchors, positives) - far + margin, 0)
-
-    # The distance may close over arrays: so masked triplets must be in its domain.
-    return guarded(elementwise, event_ndim=1, fills_masked=True, marks_nan=True)(
-        *event_last(-1, anchors=anchors, positives=positives, negatives=negatives),
-        **reduction,
+    if distance_function is None:
+        return _with_euclidean_distance(
+            anchors, positives, negatives, margin=margin, swap=swap, **reduction
+        )
+    check_function("distance_function", distance_function)
+    triplets = event_last(-1, anchors=anchors, positives=positives, negatives=negatives)
+    loss = functools.partial(_with_distance, distance_function)
+    # The distance may close over arrays: so masked triplets must be in its domain, and
+    # it is not compiled, as one made anew for each call would be compiled anew.
+    return guarded(loss, event_ndim=1, fills_masked=True, marks_nan=True)(
+        *triplets, margin=margin, swap=swap, **reduction
     )
 
 
+@public_loss
+def _with_euclidean_distance(
+    anchors: ArrayLike,
+    positives: ArrayLike,
+    negatives: ArrayLike,
+    *,
+    margin: Option,
+    swap: bool,
+    **reduction: Unpack[Reduction],
+) -> WeightedMean:
+    triplets = event_last(-1, anchors=anchors, positives=positives, negatives=negatives)
+    loss = functools.partial(_with_distance, _euclidean)
+    return guarded(loss, event_ndim=1, marks_nan=True)(
+        *triplets, margin=margin, swap=swap, **reduction
+    )
+
+
+def _with_distance(
+    distance_function: Distance,
+    anchors: jax.Array,
+    positives: jax.Array,
+    negatives: jax.Array,
+    *,
+    margin: Option,
+    swap: bool,
+) -> jax.Array:
+    def distance(a: jax.Array, b: jax.Array) -> jax.Array:
+        name, shape = "distance_function(...)", a.shape[:-1]
+        distances = check_array(name, distance_function(a, b), float)
+        check_shape(
+            name,
+            distances,
+            shape,
+            f"has shape {distances.shape}: one distance for each pair of vectors is "
+            f"expected, {shape}.",
+        )
+        return distances
+
+    far = distance(anchors, negatives)
+    if swap:
+        far = jnp.minimum(far, distance(positives, negatives))
+    return hinge(distance(anchors, positives) - far + margin)
+
+
 def _euclidean(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.sqrt(((a - b + 1e-6) ** 2).sum(axis=-1))
+    square = ((a - b + 1e-6) ** 2).sum(axis=-1)
+    is_apart = square != 0  # of a distance of 0 the gradient is 0, as in PyTorch
+    return make_safe(jnp.sqrt(make_safe(square, is_apart, 1)), is_apart)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from wloss_jax._checks import Option, check_array, check_number
+from wloss_jax._checks import Option, check_array, check_number, check_shape
 from wloss_jax.losses._labels import nan_unless
 from wloss_jax.losses._masked import (
     Reduction,
@@ -20,6 +20,15 @@ from wloss_jax.losses._masked import (
 from wloss_jax.losses._regression import smooth_abs
 from wloss_jax.masks import make_safe
 from wloss_jax.means import WeightedMean
+
+
+def hinge(short: jax.Array, slope_at_0: int = 1) -> jax.Array:
+    """The part of ``short`` that is above 0, and NaN where it is NaN.
+
+    At 0 its slope is 1 where PyTorch clamps, and 0 where PyTorch looks at each class.
+    (That of `jnp.maximum` is a half.)
+    """
+    return make_safe(short, ~(short < 0 if slope_at_0 else short <= 0))
 
 
 @public_loss
@@ -38,7 +47,7 @@ def hinge_embedding_loss(
       distances: floating ``[...]``, of one pair each.
       targets: numeric, of the same shape: 1 and -1. Another at a position that counts
         gives NaN.
-      margin: how far apart, at least 0.
+      margin: how far apart.
       **reduction: the keywords of `weighted_mean`.
 
     Example:
@@ -50,7 +59,7 @@ def hinge_embedding_loss(
     Source:
       Options as in ``torch.nn.HingeEmbeddingLoss``.
     """
-    check_number("margin", margin, 0)
+    check_number("margin", margin)
     return guarded(_hinge_embedding_loss, marks_nan=True)(
         distances, targets, margin=margin, **reduction
     )
@@ -59,8 +68,7 @@ def hinge_embedding_loss(
 def _hinge_embedding_loss(
     distances: jax.Array, targets: jax.Array, *, margin: Option
 ) -> jax.Array:
-    apart = jnp.maximum(margin - distances, 0)
-    return _by_sign(targets, distances, apart)
+    return _by_sign(targets, distances, hinge(margin - distances))
 
 
 def _by_sign(targets: jax.Array, like: jax.Array, unlike: jax.Array) -> jax.Array:
@@ -86,7 +94,7 @@ def margin_ranking_loss(
       first: floating ``[...]``, the score of the first of a pair.
       second: floating, of the same shape.
       targets: numeric, of the same shape: 1 where the first should be higher, else -1.
-      margin: by how much, at least 0.
+      margin: by how much; below 0, how much lower it may be.
       **reduction: the keywords of `weighted_mean`.
 
     Example:
@@ -99,7 +107,7 @@ def margin_ranking_loss(
     Source:
       Options as in ``torch.nn.MarginRankingLoss``.
     """
-    check_number("margin", margin, 0)
+    check_number("margin", margin)
     return guarded(_margin_ranking_loss, marks_nan=True)(
         first, second, targets, margin=margin, **reduction
     )
@@ -108,7 +116,7 @@ def margin_ranking_loss(
 def _margin_ranking_loss(
     first: jax.Array, second: jax.Array, targets: jax.Array, *, margin: Option
 ) -> jax.Array:
-    return jnp.maximum(margin - targets * (first - second), 0)
+    return hinge(margin - targets * (first - second))
 
 
 @public_loss
@@ -174,19 +182,26 @@ def cosine_embedding_loss(
       Options as in ``torch.nn.CosineEmbeddingLoss``.
     """
     check_number("margin", margin, -1, 1)
+    first, second = event_last(-1, first=first, second=second)
+    targets = check_array("targets", targets)
+    check_shape(
+        "targets",
+        targets,
+        first.shape[:-1],
+        f"has shape {targets.shape} and `first` {first.shape}: one number for each "
+        f"pair of vectors is expected, {first.shape[:-1]}.",
+    )
     return guarded(_cosine_embedding_loss, event_ndim=1, marks_nan=True)(
-        *event_last(-1, first=first, second=second),
-        check_array("targets", targets),
-        margin=margin,
-        **reduction,
+        first, second, targets, margin=margin, **reduction
     )
 
 
 def _cosine_embedding_loss(
     first: jax.Array, second: jax.Array, targets: jax.Array, *, margin: Option
 ) -> jax.Array:
-    # PyTorch's, which keeps the gradient of a vector of zeros finite.
-    squares = ((first**2).sum(-1) + 1e-12) * ((second**2).sum(-1) + 1e-12)
-    cosine = (first * second).sum(-1) / jnp.sqrt(squares)
-    apart = jnp.maximum(cosine - margin, 0)
-    return _by_sign(targets, not_below_zero(1 - cosine), apart)
+    def norm(x: jax.Array) -> jax.Array:
+        # PyTorch's, which keeps the gradient of a vector of zeros finite.
+        return jnp.sqrt((x**2).sum(axis=-1) + 1e-12)
+
+    cosine = (first * second).sum(axis=-1) / (norm(first) * norm(second))
+    return _by_sign(targets, not_below_zero(1 - cosine), hinge(cosine - margin))

@@ -13,6 +13,7 @@ from wloss_jax._checks import (
     Option,
     check_number,
     check_value,
+    is_number,
 )
 from wloss_jax.losses._binary import elementwise_cross_entropy
 from wloss_jax.losses._classes import classes_last, infinite_where_out
@@ -25,7 +26,8 @@ from wloss_jax.losses._labels import (
     own_class_weights,
     score_of_label,
 )
-from wloss_jax.losses._masked import Reduction, event_last, guarded, public_loss
+from wloss_jax.losses._margins import hinge
+from wloss_jax.losses._masked import Reduction, guarded, public_loss
 from wloss_jax.masks import make_safe
 from wloss_jax.means import WeightedMean
 
@@ -51,7 +53,8 @@ def multi_margin_loss(
       scores: floating ``[..., V]``.
       labels: integer ``[...]``.
       p: the power, 1 or 2.
-      margin: by how much the label's score should be higher, at least 0.
+      margin: by how much the label's score should be higher; below 0, how much lower
+        it may be.
       class_weights: numbers ``[V]``: an element's weight is that of its own class,
         times ``weights``. (PyTorch divides the weighted sum by the count: that is
         ``m.total / count`` here.)
@@ -67,8 +70,8 @@ def multi_margin_loss(
     Source:
       Options as in ``torch.nn.MultiMarginLoss``.
     """
-    check_value("p", p in (1, 2), f"must be 1 or 2; got {p!r}.")
-    check_number("margin", margin, 0)
+    check_value("p", is_number(p) and p in (1, 2), f"must be 1 or 2; got {p!r}.")
+    check_number("margin", margin)
     (scores,) = classes_last(-1, class_mask, scores=scores)
     labels = check_labels(labels, scores.shape[:-1])
     if class_weights is not None:
@@ -89,15 +92,19 @@ def _multi_margin_loss(
     finite = make_safe(score, score != -math.inf)
     short = margin - finite[..., None] + make_safe(scores, is_in)
     counts = (classes != labels[..., None]) & is_in
-    short = make_safe(jnp.maximum(short, 0), counts)
-    size = jnp.maximum(is_in.sum(axis=-1), 1).astype(scores.dtype)
-    loss = infinite_where_out((short**p).sum(axis=-1) / size, score)
+    short = make_safe(hinge(short, slope_at_0=0), counts)
+    loss = (short**p).sum(axis=-1) / _count(is_in, scores)
+    loss = infinite_where_out(loss, score)
     return loss * nan_unless_class(labels, scores.shape[-1])
 
 
 @public_loss
 def multilabel_margin_loss(
-    scores: ArrayLike, labels: ArrayLike, **reduction: Unpack[Reduction]
+    scores: ArrayLike,
+    labels: ArrayLike,
+    *,
+    class_mask: ArrayLike | None = None,
+    **reduction: Unpack[Reduction],
 ) -> WeightedMean:
     """Computes the margin loss of several classes against each of the others.
 
@@ -105,8 +112,10 @@ def multilabel_margin_loss(
 
     Args:
       scores: floating ``[..., V]``.
-      labels: integer ``[..., V]``: the classes, then -1 for the rest. Another out of
-        range before that, at a position that counts, gives NaN.
+      labels: integer ``[..., V]``: the classes, and -1 after the last of them; what
+        comes after that is not looked at. Another out of range, at a position that
+        counts, gives NaN. A class that stands twice counts twice.
+      class_mask: as in `softmax_cross_entropy`; V is the number of those that are in.
       **reduction: the keywords of `weighted_mean`.
 
     Example:
@@ -119,7 +128,7 @@ def multilabel_margin_loss(
     Source:
       As ``torch.nn.MultiLabelMarginLoss``.
     """
-    (scores,) = event_last(-1, scores=scores)
+    (scores,) = classes_last(-1, class_mask, scores=scores)
     labels = check_labels(labels, scores.shape)
     return guarded(_multilabel_margin_loss, event_ndim=1, marks_nan=True)(
         scores, labels, **reduction
@@ -127,18 +136,27 @@ def multilabel_margin_loss(
 
 
 def _multilabel_margin_loss(scores: jax.Array, labels: jax.Array) -> jax.Array:
-    size = scores.shape[-1]
+    shape = (*labels.shape, scores.shape[-1])  # a row for each label
+    is_in = scores != -math.inf
     is_there = jnp.cumsum(labels == -1, axis=-1) == 0  # what comes before the first -1
-    visible = nan_unless(((labels >= 0) & (labels < size)) | ~is_there)
-    shape = (*labels.shape, size)
     classes = jax.lax.broadcasted_iota(labels.dtype, shape, labels.ndim)
-    one_hot = (classes == labels[..., None]) & is_there[..., None]
-    is_label = one_hot.any(axis=-2)
-    own = jnp.take_along_axis(scores, labels, axis=-1, mode="clip")
-    short = jnp.maximum(1 - own[..., :, None] + scores[..., None, :], 0)
-    counts = is_there[..., :, None] & ~is_label[..., None, :]
-    loss = make_safe(short, counts).sum(axis=(-2, -1)) / size
-    return loss * visible.prod(axis=-1)
+    is_own = (classes == labels[..., None]) & is_there[..., None]
+    others = is_in & ~is_own.any(axis=-2)
+    each = jnp.broadcast_to(make_safe(scores, is_in)[..., None, :], shape)
+    own = make_safe(each, is_own).sum(axis=-1)
+    short = hinge(1 - own[..., None] + each, slope_at_0=0)
+    counts = is_there[..., None] & others[..., None, :]
+    loss = make_safe(short, counts).sum(axis=(-2, -1)) / _count(is_in, scores)
+    is_out = (is_own & ~is_in[..., None, :]).any(axis=(-2, -1))
+    is_class = (labels >= 0) & (labels < scores.shape[-1])
+    # Of no labels the loss is 0, whatever the scores; but NaN stays visible.
+    is_good = ((is_class | ~is_there) & (scores == scores)).all(axis=-1)
+    return make_safe(loss, ~is_out, math.inf) * nan_unless(is_good, loss.dtype)
+
+
+def _count(is_in: jax.Array, scores: jax.Array) -> jax.Array:
+    """The number of classes that are in, to divide by."""
+    return jnp.maximum(is_in.sum(axis=-1), 1).astype(scores.dtype)
 
 
 @public_loss
@@ -147,6 +165,7 @@ def multilabel_soft_margin_loss(
     labels: ArrayLike,
     *,
     class_weights: ArrayLike | None = None,
+    class_mask: ArrayLike | None = None,
     **reduction: Unpack[Reduction],
 ) -> WeightedMean:
     """Computes the mean over the classes of their yes-or-no cross-entropies.
@@ -157,6 +176,7 @@ def multilabel_soft_margin_loss(
       logits: floating ``[..., V]``; one set of classes is one element.
       labels: numeric, of the shape of ``logits``: 0 and 1, or probabilities.
       class_weights: numbers ``[V]``, which scale the terms and are in no denominator.
+      class_mask: as in `softmax_cross_entropy`; V is the number of those that are in.
       **reduction: the keywords of `weighted_mean`.
 
     Example:
@@ -169,16 +189,21 @@ def multilabel_soft_margin_loss(
     Source:
       Options as in ``torch.nn.MultiLabelSoftMarginLoss``.
     """
-    logits, labels = event_last(-1, logits=logits, labels=labels)
+    logits, labels = classes_last(-1, class_mask, logits=logits, labels=labels)
     scales = (
         None if class_weights is None else check_class_weights(class_weights, logits)
     )
 
     def elementwise(logits: jax.Array, labels: jax.Array) -> jax.Array:
-        costs = elementwise_cross_entropy(logits, labels)
+        is_in = counts = logits != -math.inf
+        if scales is not None:  # a class whose weight is 0 has no term
+            counts = is_in & (of_classes(scales, logits) != 0)
+        costs = elementwise_cross_entropy(make_safe(logits, counts), labels)
         if scales is not None:
             costs *= of_classes(scales, costs)
-        return costs.mean(axis=-1)
+        loss = make_safe(costs, counts).sum(axis=-1) / _count(is_in, logits)
+        is_out = ((labels != 0) & ~is_in).any(axis=-1)
+        return make_safe(loss, ~is_out, math.inf)
 
     return guarded(elementwise, event_ndim=1, marks_nan=True)(
         logits, labels, **reduction

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Unpack
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,6 @@ from wloss_jax.losses._labels import (
     score_of_label,
 )
 from wloss_jax.losses._masked import Reduction, guarded, public_loss
-from wloss_jax.masks import make_safe
 from wloss_jax.means import WeightedMean
 
 
@@ -30,8 +29,8 @@ def binary_cross_entropy(
     ``-y * log(p) - (1 - y) * log(1 - p)``, each logarithm at least -100
 
     `sigmoid_binary_cross_entropy` of logits is more exact. A probability outside of
-    0 to 1 at a position that counts gives NaN; at 0 and 1 the gradient of the
-    logarithm that ends there is 0.
+    0 to 1 at a position that counts gives NaN. The gradient is PyTorch's,
+    ``(p - y) / max(p * (1 - p), 1e-12)``: 1e12 where p is 0 or 1 and wrong.
 
     Args:
       probabilities: floating ``[...]``.
@@ -54,17 +53,27 @@ def binary_cross_entropy(
 
 
 def _binary_cross_entropy(probabilities: jax.Array, labels: jax.Array) -> jax.Array:
-    yes, no = _log(probabilities), _log(1 - probabilities)
-    labels = labels.astype(probabilities.dtype)
-    return -labels * yes - (1 - labels) * no
+    return _clamped(probabilities, labels.astype(probabilities.dtype))
 
 
-def _log(probabilities: jax.Array) -> jax.Array:
-    """The logarithm of what is not negative, at least -100."""
-    is_above = probabilities != 0
-    logarithm = jnp.log(make_safe(probabilities, is_above, 1))
-    # Of NaN, the comparison is false, and NaN stays.
-    return make_safe(logarithm, is_above & ~(logarithm < -100), -100)
+@jax.custom_jvp
+def _clamped(p: jax.Array, y: jax.Array) -> jax.Array:
+    yes, no = _logarithms(p)
+    return -y * yes - (1 - y) * no
+
+
+@_clamped.defjvp
+def _tangent_of_clamped(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    p, y = primals
+    yes, no = _logarithms(p)
+    # That of a clamped logarithm is 0, and would leave what is most wrong as it is.
+    slope = (p - y) / jnp.maximum(p * (1 - p), 1e-12)
+    return _clamped(p, y), slope * tangents[0] + (no - yes) * tangents[1]
+
+
+def _logarithms(p: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of p and of 1 - p, each at least -100; NaN for what is not from 0 to 1."""
+    return jnp.maximum(jnp.log(p), -100), jnp.maximum(jnp.log1p(-p), -100)
 
 
 @public_loss
@@ -72,6 +81,7 @@ def nll_loss(
     log_probs: ArrayLike,
     labels: ArrayLike,
     *,
+    axis: int | tuple[int, ...] = -1,
     ignore_index: int | None = None,
     class_weights: ArrayLike | None = None,
     class_mask: ArrayLike | None = None,
@@ -86,6 +96,7 @@ def nll_loss(
     Args:
       log_probs: floating ``[..., V]``, logarithms of probabilities.
       labels: integer ``[...]``.
+      axis: the axis or axes of the classes in ``log_probs``.
       ignore_index: a label that marks an element as masked, -100 say; None for none.
       class_weights: numbers ``[V]``: an element's weight is that of its own class,
         times ``weights``.
@@ -102,7 +113,7 @@ def nll_loss(
     Source:
       As ``torch.nn.NLLLoss``, whose ``ignore_index`` is -100.
     """
-    (log_probs,) = classes_last(-1, class_mask, log_probs=log_probs)
+    (log_probs,) = classes_last(axis, class_mask, log_probs=log_probs)
     labels = check_labels(labels, log_probs.shape[:-1])
     if ignore_index is not None:
         where = reduction.get("where")

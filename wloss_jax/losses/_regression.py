@@ -22,6 +22,7 @@ from wloss_jax.losses._masked import (
     not_below_zero,
     public_loss,
 )
+from wloss_jax.masks import make_safe
 from wloss_jax.means import WeightedMean
 
 
@@ -155,8 +156,7 @@ def smooth_l1_loss(
     Args:
       predictions: floating ``[...]``.
       targets: numeric, of the shape of ``predictions``.
-      beta: the error at which the loss turns linear, above 0. (At 0 it would be the
-        `absolute_error`.)
+      beta: the error at which the loss turns linear; at 0 it is `absolute_error`.
       **reduction: the keywords of `weighted_mean`.
 
     Example:
@@ -168,15 +168,18 @@ def smooth_l1_loss(
     Source:
       As ``torch.nn.SmoothL1Loss``; Girshick, Fast R-CNN, 2015.
     """
-    check_number("beta", beta, 0, strictly=True)
+    check_number("beta", beta, 0)
     return guarded(_smooth_l1_loss)(predictions, targets, beta=beta, **reduction)
 
 
 def _smooth_l1_loss(
     predictions: jax.Array, targets: jax.Array, *, beta: Option
 ) -> jax.Array:
-    loss: jax.Array = optax.losses.huber_loss(predictions, targets, delta=beta)
-    return loss / beta
+    size = _absolute_error(predictions, targets)
+    is_near = size < beta  # nowhere at a beta of 0, by which nothing may be divided
+    beta = jnp.broadcast_to(jnp.asarray(beta, size.dtype), size.shape)
+    near = 0.5 * (predictions - targets) ** 2 / make_safe(beta, is_near, 1)
+    return jax.lax.select(is_near, near, size - 0.5 * beta)
 
 
 @public_loss
