@@ -48,7 +48,10 @@ def _divide(total: jax.Array, weight: jax.Array, empty: ArrayLike) -> jax.Array:
     else:
         empty = jnp.broadcast_to(jnp.asarray(empty, mean.dtype), mean.shape)
         empty = align_axes(total, empty)
-    infinite = jax.lax.mul(constant, jax.lax.full_like(constant, math.inf))
+    # By comparisons, as 0 times infinity would be an alarm where NaN is looked for.
+    above, below = (jax.lax.full_like(constant, x) for x in (math.inf, -math.inf))
+    infinite = jax.lax.select(jax.lax.lt(constant, zero), below, constant)
+    infinite = jax.lax.select(jax.lax.gt(constant, zero), above, infinite)
     shown = jax.lax.select(jax.lax.eq(constant, zero), empty, infinite)
     return jax.lax.select(no_weight, shown, mean)
 
