@@ -345,6 +345,19 @@ def test_float64_stays_float64(case):
 
 
 @of_every_loss
+def test_weights_of_float64_of_features_in_float32(case):
+    arrays = data()
+    with jax.enable_x64(True):
+        weights = jnp.asarray(arrays["weights"], jnp.float64)
+        mean = mean_of(case, arrays, where=arrays["where"], weights=weights)
+        value, grads = gradients(mean)(*parts_of(arrays))
+        change = jax.jvp(mean, parts_of(arrays), parts_of(arrays))[1]
+        assert {x.dtype for x in grads} == {jnp.dtype("float32")}
+        assert {value.dtype, change.dtype} == {jnp.dtype("float64")}
+        assert_close((value, grads), expected(case), rtol=5e-6)
+
+
+@of_every_loss
 def test_nothing_that_counts_is_a_mean_of_nothing(case):
     arrays = poisoned(case, data() | {"where": np.zeros((B, L), bool)})
     mean = mean_of(case, arrays, where=arrays["where"])
@@ -514,6 +527,32 @@ def test_what_a_loss_closes_over_may_be_sharded(kind, spec, with_mesh):
     with jax.set_mesh(mesh) if with_mesh else contextlib.nullcontext():
         outcome = gradients(mean)(*parts)
     assert_close(outcome, expected(case), rtol=5e-6)
+
+
+@needs_devices
+@of_every_loss
+def test_shard_map_of_tokens_that_differ_alone(case):
+    """Nothing but the features and their rows differs between the devices."""
+    arrays = data()
+    mesh = Mesh(np.array(jax.devices()[:8]), ("data",))
+
+    def mean(parts, x, *rows):
+        m = case.loss(x, parts[0], *rows, bias=parts[1], chunk_size=2)
+        return m.psum("data").compute()
+
+    def gradient(parts, *batch):
+        return jax.value_and_grad(mean)(parts, *batch)
+
+    step = jax.shard_map(
+        gradient,
+        mesh=mesh,
+        out_specs=P(),
+        in_specs=(P(), *[P("data")] * (1 + len(case.rows))),
+    )
+    x, *parts = parts_of(arrays)
+    value, grads = jax.jit(step)(tuple(parts), x, *rows_of(case, arrays))
+    alone = jax.value_and_grad(mean_of(case, arrays), (1, 2))(x, *parts)
+    assert_close((value, grads), alone, rtol=5e-6)
 
 
 @needs_devices

@@ -60,8 +60,9 @@ def _total_jvp(primals: Arrays, tangents: Arrays, *, task: Task) -> Any:
             axes = tuple(range(mask.ndim, tangent.ndim))
             tangent = jnp.where(jnp.expand_dims(mask, axes), tangent, 0)
         change += inner_p.bind(gradient, tangent, task=task)[0]
-    unchanged = [zero_like(x) for x in residuals]
-    return [total, *residuals], [_add_changes(change, task), *unchanged]
+    # Weights of float64 make a total of it, also of features in float32.
+    change = jnp.asarray(_add_changes(change, task), total.dtype)
+    return [total, *residuals], [change, *(zero_like(x) for x in residuals)]
 
 
 def _losses_jvp(primals: Arrays, tangents: Arrays, *, task: Task) -> Any:

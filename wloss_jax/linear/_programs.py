@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from wloss_jax._devices import vary
 from wloss_jax.linear._chunks import sweep
 from wloss_jax.linear._logits import Arrays, Place, Task, logits_of, named, product
-from wloss_jax.linear._primitives import Device, make_primitive
+from wloss_jax.linear._primitives import Device, make_primitive, varying
 from wloss_jax.linear._spread import spread_of
 
 
@@ -87,7 +88,8 @@ def gradients_of_tokens(
             some = selected([*arrays, *given.shared], of_others)
             outputs, pull, residuals = jax.vjp(outputs_of, logits, *some, has_aux=True)
             cotangents = [
-                w.astype(o.dtype) for w, o in zip(weights, outputs, strict=True)
+                vary(w.astype(o.dtype), tuple(varying(o)))
+                for w, o in zip(weights, outputs, strict=True)
             ]
             slope, *others = pull(cotangents)
             values = [*outputs, *residuals] if with_values else []

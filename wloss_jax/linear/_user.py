@@ -108,8 +108,9 @@ def linear_masked(
 
     Each token is by itself: ``loss_fn`` is traced for one token and mapped over the
     others, so that no result can depend on the size of a chunk. What ``loss_fn`` closes
-    over, a teacher's kernel say, is a constant for gradients; pass by position what has
-    a row for each token, and that may be differentiated.
+    over, a teacher's kernel say, is a constant for gradients, and as under `jax.jit` it
+    is not looked up again when the same function is called again; pass by position what
+    has a row for each token, and that may be differentiated.
 
     Args:
       loss_fn: ``loss_fn(logits [n, V], *arrays [n, ...]) -> [n]``, the loss of each
