@@ -53,7 +53,7 @@ def _total_jvp(primals: Arrays, tangents: Arrays, *, task: Task) -> Any:
     mask, weights = primals[3], primals[-1]
     total = weighted(loss, mask, weights).sum()
     positions = [i for i, wanted in enumerate(wrt) if wanted]
-    change = 0
+    change: Any = 0
     for i, gradient, tangent in zip(positions, gradients, changes, strict=True):
         if task.is_token(i):
             # Tangents too may be NaN where nothing counts.
