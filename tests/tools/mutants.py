@@ -594,14 +594,6 @@ FAULTS = [
     ),
     # features times kernel
     Fault(
-        "linear: the filler is no token",
-        "linear/_chunks",
-        "filler = jnp.where(mask.any(), jnp.append(order, block)[0], block)",
-        "filler = jnp.int32(block)",
-        "test_linear_losses",
-        "filler_is_in_the_domain",
-    ),
-    Fault(
         "linear: the filler has a gradient",
         "linear/_programs",
         "(jnp.where(valid, w, 0) / largest)",
