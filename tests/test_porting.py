@@ -1,4 +1,4 @@
-"""The README's porting section: its JAX lines against what its PyTorch lines compute.
+"""The guide from PyTorch: its JAX lines against what its PyTorch lines compute.
 
 The golden values are PyTorch's, recorded by record_torch.py.
 """
@@ -16,6 +16,7 @@ import wloss_jax as wl
 from tests.tools import record_torch
 
 ARRAYS, ROWS = record_torch.porting_section()
+TABLE_ARRAYS, TABLE = record_torch.table()
 GOLDEN = json.loads(record_torch.GOLDEN.read_text())
 # float32 against float64: a few roundings of 6e-8, relative to the largest entry.
 TOLERANCE = 2e-6
@@ -40,11 +41,72 @@ def names():
     return list(itertools.pairwise(snapshots))
 
 
-def test_the_golden_values_are_of_the_lines_that_the_readme_has():
+def test_the_golden_values_are_of_the_lines_that_the_guide_has():
     recorded = [row["lines"] for row in GOLDEN["rows"]]
     assert recorded == [row.torch for row in ROWS], (
         "run python -m tests.tools.record_torch"
     )
+    recorded = [row["line"] for row in GOLDEN["table"]]
+    assert recorded == [row.torch for row in TABLE], (
+        "run python -m tests.tools.record_torch"
+    )
+
+
+# ------------------------------------------------------------------------- the table
+
+
+def test_every_loss_of_pytorch_has_its_line():
+    assert {row.name for row in TABLE} == set(GOLDEN["losses"])
+    assert len(GOLDEN["losses"]) >= 22
+
+
+@pytest.fixture(scope="module")
+def in_table():
+    namespace = {}
+    exec(TABLE_ARRAYS, namespace)
+    return namespace
+
+
+@pytest.mark.parametrize("i", range(len(TABLE)), ids=lambda i: f"{i}-{TABLE[i].name}")
+def test_a_line_of_the_table_is_what_pytorch_computes(in_table, i):
+    row, golden = TABLE[i], GOLDEN["table"][i]
+    values, slopes = golden["values"], golden["gradients"]
+    each = np.asarray(values["none"])
+    if row.name == "kl_div":  # an element is a distribution here, and there an outcome
+        each = each.sum(-1)
+    ids = np.arange(each.size).reshape(each.shape)
+    by_element = f"{row.jax[:-1]}, segment_ids=ids, num_segments={each.size})"
+    namespace = in_table | {"ids": ids}
+    assert_close(eval(by_element, namespace).total.reshape(each.shape), each, "none")
+    assert_close(eval(row.jax, namespace).total, values["sum"], "sum")
+
+    def mean(inputs):
+        namespace = in_table | inputs
+        if "frames" in inputs:
+            namespace["by_word"] = inputs["frames"].swapaxes(0, 1)
+        return eval(row.mean, namespace | {"m": eval(row.jax, namespace)})
+
+    inputs = {name: jnp.asarray(in_table[name]) for name in slopes}
+    value, gradients = jax.value_and_grad(mean)(inputs)
+    assert_close(value, values["mean"], "mean")
+    assert inputs
+    for name, gradient in gradients.items():
+        assert_close(gradient, slopes[name], f"gradient of {name}")
+
+
+@pytest.mark.parametrize("i", range(len(TABLE)))
+def test_pytorch_still_computes_what_the_table_has(in_table, i):
+    pytest.importorskip("torch")
+    assert record_torch.losses_of_torch() == GOLDEN["losses"]
+    got = record_torch.run_torch_table(TABLE[i], in_table)
+    for part in "values", "gradients":
+        golden = GOLDEN["table"][i][part]
+        assert got[part].keys() == golden.keys()
+        for name, expected in golden.items():
+            assert_close(got[part][name], expected, name)
+
+
+# ---------------------------------------------------------------------- line by line
 
 
 @pytest.mark.parametrize("i", range(len(ROWS)))

@@ -78,6 +78,11 @@ OPTIONS = {
     ),
     "poly_loss_cross_entropy": one_of(epsilon=(-1.0, 0.0, 2.0)),
     "triplet_margin_loss": one_of(norm_degree=(2, 4), margin=(0.5, 1.0)),
+    "smooth_l1_loss": one_of(beta=(0.0, 0.25, 0.7)),
+    "sigmoid_binary_cross_entropy_with_pos_weight": one_of(pos_weight=(0.0, 0.5, 3.0)),
+    "hinge_embedding_loss": one_of(margin=(-0.25, 0.7)),
+    "margin_ranking_loss": one_of(margin=(-0.25, 0.2)),
+    "multi_margin_loss": one_of(p=(1, 2), margin=(-0.25, 0.7)),
 }
 FEATURES, VOCAB = 3, 5
 

@@ -4,11 +4,16 @@
 
 runs them, in float64, and writes ``torch_golden.json``, which test_porting.py holds the
 JAX lines to: the values of the names that both assign, and the gradient of their sum.
+Of the guide's table, it is every reduction and the gradient of the mean.
 """
 
 import ast
+import contextlib
 import json
+import re
 import tempfile
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +25,76 @@ GUIDE = README.parent / "examples" / "from_pytorch.md"
 
 GOLDEN = Path(__file__).parents[1] / "oracle" / "torch_golden.json"
 DIFFERENTIABLE = ("pred", "logits", "y_first", "y_second", "scale", "slope", "offset")
+IN_THE_TABLE = ("x", "p", "log_p", "kernel", "frames")
+REDUCTIONS = ("mean", "sum", "none")
+
+
+class TableRow(NamedTuple):
+    """A loss of PyTorch's, `m` here, and how its mean is read from that."""
+
+    torch: str
+    jax: str
+    mean: str
+
+    @property
+    def name(self) -> str:
+        """The name that it has in PyTorch."""
+        return self.torch.removeprefix("F.").partition("(")[0]
+
+
+def table() -> tuple[str, list[TableRow]]:
+    """The block that makes the arrays, and the rows."""
+    _, section = GUIDE.read_text().split("\n## Every loss by name\n")
+    section = section.partition("\n## ")[0]
+    rows = []
+    for line in re.findall(r"^\| (`F\..*) \|$", section, re.M):
+        torch, jax, mean = (cell.strip(" `") for cell in line.split("|"))
+        rows.append(TableRow(torch, jax, mean or "m.compute()"))
+    return blocks(section)[0][1], rows
+
+
+def losses_of_torch() -> list[str]:
+    """The names of the losses of `torch.nn.functional`."""
+    from torch.nn import functional
+
+    is_loss = re.compile(r"[a-z].*_loss|.*cross_entropy(_with_logits)?|kl_div")
+    return sorted(filter(is_loss.fullmatch, dir(functional)))
+
+
+def run_torch_table(row: TableRow, arrays: dict[str, Any]) -> dict[str, Any]:
+    """What PyTorch computes of a row: by reduction, and the gradient of the mean."""
+    import torch
+
+    names = _names_in_torch(_arrays_in(arrays), IN_THE_TABLE)
+    with _without_warnings():
+        values = {
+            reduction: eval(f"{row.torch[:-1]}, reduction={reduction!r})", names)
+            for reduction in REDUCTIONS
+        }
+    grads = torch.autograd.grad(
+        values["mean"], [names[name] for name in IN_THE_TABLE], allow_unused=True
+    )
+    return {
+        "values": {name: value.tolist() for name, value in values.items()},
+        "gradients": {
+            name: grad.tolist()
+            for name, grad in zip(IN_THE_TABLE, grads, strict=True)
+            if grad is not None
+        },
+    }
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Lets PyTorch say in peace that the mean of `kl_div` is none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
+
+
+def _arrays_in(names: dict[str, Any]) -> dict[str, Any]:
+    kinds = (np.ndarray, np.generic, list)
+    return {name: x for name, x in names.items() if isinstance(x, kinds)}
 
 
 class Row(NamedTuple):
@@ -58,8 +133,7 @@ def run_torch(row: Row, arrays: dict[str, Any]) -> dict[str, Any]:
     """Runs the PyTorch lines: their values, and the gradient of the sum of these."""
     import torch  # only here, as JAX users need not have it
 
-    kinds = (np.ndarray, np.generic, list)
-    arrays = {name: x for name, x in arrays.items() if isinstance(x, kinds)}
+    arrays = _arrays_in(arrays)
     if "dist." not in row.torch:
         return _values_and_gradients(row, _names_in_torch(arrays))
     with tempfile.TemporaryDirectory() as folder:
@@ -92,7 +166,9 @@ def _run_rank(rank: int, row: Row, arrays: dict[str, Any], folder: str) -> None:
     distributed.destroy_process_group()
 
 
-def _names_in_torch(arrays: dict[str, Any]) -> dict[str, Any]:
+def _names_in_torch(
+    arrays: dict[str, Any], differentiable: tuple[str, ...] = DIFFERENTIABLE
+) -> dict[str, Any]:
     import torch
     from torch.nn import functional
     from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
@@ -104,7 +180,7 @@ def _names_in_torch(arrays: dict[str, Any]) -> dict[str, Any]:
         return tensor.double() if tensor.is_floating_point() else tensor
 
     tensors = {name: convert(value) for name, value in arrays.items()}
-    for name in DIFFERENTIABLE:
+    for name in differentiable:
         tensors[name].requires_grad_()
     return tensors | {
         "torch": torch,
@@ -118,7 +194,8 @@ def _values_and_gradients(row: Row, names: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     inputs = {name: names[name] for name in DIFFERENTIABLE}
-    exec(row.torch, names)
+    with _without_warnings():
+        exec(row.torch, names)
     values = {name: names[name] for name in row.names()}
     values = {k: x for k, x in values.items() if isinstance(x, torch.Tensor)}
     gradients = {}
@@ -145,8 +222,15 @@ def main() -> None:
     source, rows = porting_section()
     arrays: dict[str, Any] = {}
     exec("import numpy as np\n" + source, arrays)
+    table_source, table_rows = table()
+    in_table: dict[str, Any] = {}
+    exec(table_source, in_table)
     golden = {
         "torch": torch.__version__,
+        "losses": losses_of_torch(),
+        "table": [
+            {"line": row.torch} | run_torch_table(row, in_table) for row in table_rows
+        ],
         "rows": [{"lines": row.torch} | run_torch(row, arrays) for row in rows],
     }
     GOLDEN.write_text(json.dumps(golden, indent=1) + "\n")
