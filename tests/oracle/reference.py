@@ -116,7 +116,8 @@ def sigmoid(x):
 
 
 def smooth_l1_loss(prediction, target, beta=1.0):
-    return huber_loss(prediction, target, beta) / beta
+    error = abs(prediction - target)
+    return error**2 / beta / 2 if error < beta else error - beta / 2
 
 
 def hinge_embedding_loss(distance, target, margin=1.0):
