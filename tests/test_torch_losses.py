@@ -199,34 +199,42 @@ def test_every_loss_of_pytorch_has_its_samples():
     assert PORTS.keys() == GOLDEN.keys()
 
 
-CASES = [(name, i) for name, samples in GOLDEN.items() for i in range(len(samples))]
-
-
-@pytest.mark.parametrize(("name", "i"), CASES)
-def test_every_reduction_and_the_gradient_are_those_of_pytorch(name, i):
-    sample = GOLDEN[name][i]
+def evaluation(name, sample):
+    """All of a sample, as a function of what is differentiated."""
     call = call_of(name, sample)
-    values, gradients = sample["values"], sample["gradients"]
-    if np.isnan(values["mean"]):  # here, a mean of nothing is 0
-        values = values | {"mean": 0.0}
-        gradients = {k: np.zeros(np.shape(x)) for k, x in gradients.items()}
     # Those made of two losses, each with weights or elements of its own, have no more.
     has_elements = call.loss.__module__ != __name__
 
     def everything(moving):
         arrays = [moving.get(str(k), x) for k, x in enumerate(call.arrays)]
         m, mean = means_of(call, arrays)
-        each = one_by_one(call, arrays, values["none"]) if has_elements else 0
-        return mean.compute(), {"mean": mean.compute(), "sum": m.total, "none": each}
+        values = {"mean": mean.compute(), "sum": m.total}
+        if has_elements:
+            values["none"] = one_by_one(call, arrays, sample["values"]["none"])
+        return mean.compute(), values
 
-    moving = {k: jnp.asarray(call.arrays[int(k)]) for k in gradients}
-    evaluate = jax.jit(jax.value_and_grad(everything, has_aux=True))
-    (_, got), slopes = evaluate(moving)
-    for reduction in ("mean", "sum", "none") if has_elements else ("mean", "sum"):
-        assert_close(got[reduction], values[reduction], reduction)
-    for k, slope in slopes.items():
-        expected = np.reshape(gradients[k], slope.shape)
-        assert_close(slope, expected, f"gradient {k}")
+    moving = {k: jnp.asarray(call.arrays[int(k)]) for k in sample["gradients"]}
+    return jax.value_and_grad(everything, has_aux=True), moving
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_every_reduction_and_the_gradient_are_those_of_pytorch(name):
+    functions, moving = zip(*(evaluation(name, x) for x in GOLDEN[name]), strict=True)
+
+    @jax.jit  # all in one program, for most of the time goes into compiling
+    def evaluate(moving):
+        return [f(x) for f, x in zip(functions, moving, strict=True)]
+
+    for i, ((_, got), slopes) in enumerate(evaluate(moving)):
+        values, gradients = (GOLDEN[name][i][part] for part in ("values", "gradients"))
+        if np.isnan(values["mean"]):  # here, a mean of nothing is 0
+            values = values | {"mean": 0.0}
+            gradients = {k: np.zeros(np.shape(x)) for k, x in gradients.items()}
+        for reduction, value in got.items():
+            assert_close(value, values[reduction], f"{reduction} of sample {i}")
+        for k, slope in slopes.items():
+            expected = np.reshape(gradients[k], slope.shape)
+            assert_close(slope, expected, f"gradient {k} of sample {i}")
 
 
 # --------------------------------------------------------------- what single losses do
@@ -377,3 +385,38 @@ def test_swap_takes_the_nearer_of_two_distances():
         plain = loss(anchors, positives, negatives, **options).compute()
         swapped = loss(anchors, positives, negatives, swap=True, **options).compute()
         np.testing.assert_allclose([plain, swapped], [0.5, 1.5], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("loss", "options"),
+    [
+        (wl.smooth_l1_loss, {"beta": (0, 0.0)}),
+        (wl.sigmoid_binary_cross_entropy, {"pos_weight": (0, np.float32(0))}),
+        (wl.cosine_embedding_loss, {"margin": (-1, 1)}),
+        (wl.softmax_cross_entropy, {"label_smoothing": (0, 1)}),
+        (wl.multi_margin_loss, {"p": (1, 2, np.int64(2)), "margin": (-1, 0)}),
+        (wl.hinge_embedding_loss, {"margin": (-1, 0)}),
+        (wl.margin_ranking_loss, {"margin": (-1, 0)}),
+        (wl.triplet_margin_with_distance_loss, {"margin": (0, np.float32(0))}),
+    ],
+)
+def test_the_ends_of_options_are_in(loss, options):
+    rng = np.random.default_rng(0)
+    x, y, z = rng.normal(size=(3, 4, 3)).astype(np.float32)
+    sign, label = np.array([1, -1, 1, 1]), np.array([0, 1, 2, 2])
+    arrays = {
+        wl.cosine_embedding_loss: (x, y, sign),
+        wl.multi_margin_loss: (x, label),
+        wl.hinge_embedding_loss: (x[:, 0], sign),
+        wl.margin_ranking_loss: (x[:, 0], y[:, 0], sign),
+        wl.triplet_margin_with_distance_loss: (x, y, z),
+    }.get(loss, (x, abs(y)))
+    for name, ends in options.items():
+        for end in ends:
+            value, slope = jax.value_and_grad(
+                lambda x, option={name: end}: loss(x, *arrays[1:], **option).compute()
+            )(arrays[0])
+            traced = loss(*arrays, **{name: jnp.float32(end)}) if name != "p" else None
+            assert np.isfinite(value)
+            assert np.isfinite(slope).all()
+            assert traced is None or np.allclose(traced.compute(), value, rtol=1e-6)
