@@ -12,6 +12,7 @@ ROWS = (
     "losses",
     "cross_entropy",
     "linear_cross_entropy",
+    "linear_losses",
     "segments",
     "accumulation",
     "contrastive",
