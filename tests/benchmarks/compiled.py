@@ -24,7 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.experimental import topologies
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
 
 import wloss_jax as wl
 from tests.benchmarks import losses, two_heads
@@ -193,6 +194,43 @@ def linear(platform: str, device: Any) -> dict[str, float]:
     return figures
 
 
+# How people shard tokens, and a kernel [D, V], over the chips of one axis.
+SHARDED = {
+    "vocabulary over the chips": (P(), P(None, "chips")),
+    "FSDP": (P("chips"), P("chips")),
+    "data parallel": (P("chips"), P()),
+}
+
+
+def sharded(topology: str) -> dict[str, float]:
+    """The temporary memory of `linear` on each of four chips, in GiB."""
+    devices = topologies.get_topology_desc(topology, platform="tpu").devices
+    mesh = Mesh(np.array(devices), ("chips",))
+    tokens, features, classes = LINEAR["tpu"]
+    figures = {}
+    for name, (of_tokens, of_kernel) in SHARDED.items():
+        arguments = [
+            jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+            for shape, dtype, spec in (
+                ((tokens, features), jnp.bfloat16, of_tokens),
+                ((features, classes), jnp.bfloat16, of_kernel),
+                ((tokens,), jnp.int32, of_tokens),
+            )
+        ]
+
+        def mean(x, kernel, labels):
+            return wl.linear_softmax_cross_entropy(x, kernel, labels).compute()
+
+        gradients = tuple(one.sharding for one in arguments[:2])
+        step = jax.jit(
+            jax.value_and_grad(mean, (0, 1)), out_shardings=(None, gradients)
+        )
+        lowered = step.trace(*arguments).lower(lowering_platforms=("tpu",))
+        memory = lowered.compile().memory_analysis()
+        figures[name] = memory.temp_size_in_bytes / 2**30
+    return figures
+
+
 def pod(topology: str) -> dict[str, Any]:
     """What a training step moves between the chips of a pod."""
     from tests import test_compiled as step
@@ -247,6 +285,10 @@ def main() -> None:
             sizes = ", ".join(map(str, LINEAR[found[key][0]]))
             memory = "; ".join(f"{name} {gib:.2f}" for name, gib in one.items())
             print(f"{key}, {sizes}: {memory}", flush=True)
+        if "TPU v5e" in found:
+            figures["sharded"] = sharded(TPUS["TPU v5e"])
+            memory = "; ".join(f"{k} {v:.2f}" for k, v in figures["sharded"].items())
+            print(f"TPU v5e, four chips, each: {memory}", flush=True)
     if "TPU v6e" in found and not options.no_pods:
         figures["pods"] = {name: pod(topology) for name, topology in PODS.items()}
         print()

@@ -105,7 +105,8 @@ def _log_probs(sizes, gradients):
         return functools.partial(jax.jit(log_probs), x, kernel)
 
     def with_entropy(x, kernel):
-        return sum(ours(x, kernel, with_entropy=True))
+        log_probs, entropies = ours(x, kernel, with_entropy=True)
+        return log_probs + 0 * entropies  # the same number, for the same work
 
     number = 4 if gradients else 1
     return Case(
