@@ -1,5 +1,6 @@
 """How the tests compile, on how many devices, and which of them run unasked."""
 
+import gc
 import importlib.metadata
 import os
 from pathlib import Path
@@ -12,6 +13,13 @@ from hypothesis import settings
 QUICK = ["--xla_backend_optimization_level=0"]
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones lack it
     QUICK.append("--xla_cpu_use_fusion_emitters=false")
+
+# JAX keeps what it traced and compiled, objects by the million, none of which goes in a
+# run. Looking through them for garbage took a quarter of the time.
+gc.set_threshold(100_000, 50, 1000)
+
+# What runs only if it is asked for by its mark, or by the name of its file.
+UNASKED = ("program", "exhaustive")
 
 # Everyone's run draws its own examples, but CI the same ones each time.
 settings.register_profile("ci", derandomize=True)
@@ -39,12 +47,10 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leaves whole programs out, unless they are asked for.
-
-    They are by ``-m program``, and by the name of their file or of a test in it.
-    """
+    """Leaves out what runs only if it is asked for."""
     if config.option.markexpr or not all(Path(name).is_dir() for name in config.args):
         return
-    programs = [item for item in items if item.get_closest_marker("program")]
-    config.hook.pytest_deselected(items=programs)
-    items[:] = [item for item in items if item not in programs]
+    left_out = [item for item in items if any(map(item.get_closest_marker, UNASKED))]
+    config.hook.pytest_deselected(items=left_out)
+    kept = set(items) - set(left_out)
+    items[:] = [item for item in items if item in kept]

@@ -50,12 +50,15 @@ def in_32_bits():
 # What these are named for is that they compute another number.
 ANOTHER = "which averages"
 
+# Rows that run nothing. What `trace_time` traces are the contestants of `losses`.
+WITHOUT_NUMBERS = ("compiles", "import_time", "trace_time")
+
 
 def quick_cases():
     for row in command.ROWS:
         cases = importlib.import_module(f"tests.benchmarks.{row}").cases(quick=True)
         for name, make in cases.items():
-            if row not in ("compiles", "import_time") and "memory" not in name:
+            if row not in WITHOUT_NUMBERS and "memory" not in name:
                 yield pytest.param(make, id=f"{row}: {name}")
 
 

@@ -40,6 +40,7 @@ def test_the_example_prints_what_its_docstring_says(name):
     assert run.stdout.rstrip() == textwrap.dedent("    " + expected)
 
 
+@pytest.mark.program
 def test_the_pictures_are_drawn(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(ROOT / "examples")
     import draw_pictures  # its main trains for a minute

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 import wloss_jax as wl
 from tests.oracle import reference
+from tests.oracle.tables import every_third, one_of_each
 
 B, L, D, V, T = 8, 3, 5, 12, 4  # T: features of a teacher
 CLASS_WEIGHTS = np.linspace(0.5, 2.0, V).astype(np.float32)
@@ -200,6 +201,8 @@ CASES = [
     ),
 ]
 of_every_loss = pytest.mark.parametrize("case", CASES, ids=repr)
+# Of what the engine does for all losses alike.
+of_some_losses = pytest.mark.parametrize("case", every_third(CASES), ids=repr)
 SHARDED = [case for case in CASES if "prob" in case.name and case.name != "top_k"]
 SHARDED += [case for case in CASES if case.name == "class_weights_and_mask"]
 
@@ -310,8 +313,9 @@ def poisoned(case, arrays):
 
 
 # A loss of terms that cancel is rounded in units of those: 5e-6.
-@of_every_loss
-@pytest.mark.parametrize("chunk_size", [None, 4, 7])
+@pytest.mark.parametrize(
+    ("case", "chunk_size"), one_of_each(CASES, [None, 4, 7]), ids=str
+)
 def test_value_and_gradients_are_the_oracles(case, chunk_size):
     arrays = poisoned(case, data())
     keywords = {"where": arrays["where"], "weights": arrays["weights"]}
@@ -320,16 +324,18 @@ def test_value_and_gradients_are_the_oracles(case, chunk_size):
 
 
 # Units: bfloat16 rounds features, kernel, slope and gradients to 8 bits, float16 to 11.
-@of_every_loss
-@pytest.mark.parametrize(("dtype", "rtol"), [("bfloat16", 0.05), ("float16", 5e-3)])
-def test_narrow_dtypes_are_the_oracles_to_their_rounding(case, dtype, rtol):
+ROUNDING = {"bfloat16": 0.05, "float16": 5e-3}
+
+
+@pytest.mark.parametrize(("case", "dtype"), one_of_each(CASES, ROUNDING), ids=str)
+def test_narrow_dtypes_are_the_oracles_to_their_rounding(case, dtype):
     arrays = data()
     parts = [jnp.asarray(x, dtype) for x in parts_of(arrays)]
     mean = mean_of(case, arrays, where=arrays["where"], weights=arrays["weights"])
     value, grads = gradients(mean)(*parts)
     assert value.dtype == jnp.float32
     assert {g.dtype for g in grads} == {jnp.dtype(dtype)}
-    assert_close((value, grads), expected(case), rtol)
+    assert_close((value, grads), expected(case), ROUNDING[dtype])
 
 
 @of_every_loss
@@ -344,7 +350,7 @@ def test_float64_stays_float64(case):
         assert_close((value, grads), expected(case), rtol=2e-7)
 
 
-@of_every_loss
+@of_some_losses
 def test_weights_of_float64_of_features_in_float32(case):
     arrays = data()
     with jax.enable_x64(True):
@@ -367,7 +373,7 @@ def test_nothing_that_counts_is_a_mean_of_nothing(case):
         np.testing.assert_array_equal(gradient, 0)
 
 
-@of_every_loss
+@of_some_losses
 def test_nan_that_counts_stays_visible(case):
     arrays = dict(data())
     arrays["features"] = arrays["features"].copy()
@@ -385,7 +391,7 @@ def keywords_of(arrays):
     return {"where": arrays["where"], "weights": arrays["weights"]}
 
 
-@of_every_loss
+@of_some_losses
 def test_jvp_and_second_derivatives_are_those_of_plain_logits(case):
     arrays = data()
     parts, tangents = parts_of(arrays), parts_of(data(seed=1))
@@ -406,13 +412,14 @@ def test_jvp_and_second_derivatives_are_those_of_plain_logits(case):
     assert_close(fused, derivatives(plain_mean_of(case, arrays)), rtol=2e-5)
 
 
-@of_every_loss
-@pytest.mark.parametrize("how", ["checkpoint", "no jit", "scan", "vmap over kernels"])
+WAYS = ["checkpoint", "no jit", "scan", "vmap over kernels"]
+
+
+@pytest.mark.parametrize(("case", "how"), one_of_each(CASES, WAYS), ids=str)
 def test_transformations_change_nothing(case, how):
     arrays = data()
     mean = mean_of(case, arrays, **keywords_of(arrays), chunk_size=5)
     parts = parts_of(arrays)
-    expect = gradients(mean)(*parts)
     if how == "checkpoint":
         outcome = gradients(jax.checkpoint(mean))(*parts)
     elif how == "no jit":
@@ -429,10 +436,10 @@ def test_transformations_change_nothing(case, how):
         stacked = [jnp.stack([x, 2 * x]) for x in parts[1:]]
         mapped = jax.vmap(jax.value_and_grad(mean, (0, 1, 2)), (None, 0, 0))
         outcome = jax.tree.map(lambda x: x[0], mapped(parts[0], *stacked))
-    assert_close(outcome, expect, rtol=5e-6)
+    assert_close(outcome, expected(case), rtol=5e-6)
 
 
-@of_every_loss
+@of_some_losses
 def test_segments_and_samples_are_the_oracles(case):
     """A total for each sample, by ids and by `jax.vmap`: the whole is the oracle's."""
     arrays = data()
@@ -486,11 +493,15 @@ def put_on(mesh, x, spec):
     return jax.device_put(x, NamedSharding(mesh, spec))
 
 
+KINDS = [AxisType.Auto, AxisType.Explicit]
+
+
 @needs_devices
-@of_every_loss
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("spec", [P("data"), P()], ids=["tokens", "replicated"])
-@pytest.mark.parametrize("with_mesh", [True, False])
+@pytest.mark.parametrize(
+    ("case", "kind", "spec", "with_mesh"),
+    one_of_each(CASES, KINDS, [P("data"), P()], [True, False]),
+    ids=str,
+)
 def test_sharded_arrays_change_nothing(case, kind, spec, with_mesh):
     mesh = jax.make_mesh((4, 2), ("data", "vocab"), axis_types=(kind,) * 2)
     arrays = dict(data())
@@ -530,7 +541,7 @@ def test_what_a_loss_closes_over_may_be_sharded(kind, spec, with_mesh):
 
 
 @needs_devices
-@of_every_loss
+@of_some_losses
 def test_shard_map_of_tokens_that_differ_alone(case):
     """Nothing but the features and their rows differs between the devices."""
     arrays = data()
@@ -556,8 +567,9 @@ def test_shard_map_of_tokens_that_differ_alone(case):
 
 
 @needs_devices
-@of_every_loss
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize(
+    ("case", "check_vma"), one_of_each(CASES, [True, False]), ids=str
+)
 def test_shard_map_over_tokens(case, check_vma):
     arrays = data()
     mesh = Mesh(np.array(jax.devices()[:8]), ("data",))
@@ -619,17 +631,18 @@ def test_sharded_vocabulary(case, check_vma):
 # ------------------------------------------------------------ any loss of logits
 
 
-def test_no_size_of_a_chunk_changes_the_result():
+@pytest.mark.parametrize(
+    ("case", "chunk_size"), one_of_each(CASES, [1, 3, 24, 100]), ids=str
+)
+def test_no_size_of_a_chunk_changes_the_result(case, chunk_size):
     arrays = data()
-    for case in CASES:
-        outcomes = [
-            gradients(mean_of(case, arrays, **keywords_of(arrays), chunk_size=size))(
-                *parts_of(arrays)
-            )
-            for size in (1, 3, 24, 100)
-        ]
-        for outcome in outcomes[1:]:
-            assert_close(outcome, outcomes[0], rtol=2e-6)
+    outcomes = [
+        gradients(mean_of(case, arrays, **keywords_of(arrays), chunk_size=size))(
+            *parts_of(arrays)
+        )
+        for size in (chunk_size, 5)
+    ]
+    assert_close(*outcomes, rtol=2e-6)
 
 
 def test_a_filler_is_in_the_domain_of_the_loss():

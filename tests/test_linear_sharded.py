@@ -18,6 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import wloss_jax as wl
+from tests.oracle.tables import one_of_each
 from tests.test_compiled import loops
 from wloss_jax.linear import _primitives as primitives
 from wloss_jax.linear import _spread
@@ -114,10 +115,11 @@ def assert_close(outcome, expected):
         np.testing.assert_allclose(one, other, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
-@pytest.mark.parametrize("with_mesh", [True, False])
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    ("layout", "program", "with_mesh", "kind"),
+    one_of_each(LAYOUTS, PROGRAMS, [True, False], [AxisType.Auto, AxisType.Explicit]),
+    ids=lambda value: getattr(value, "__name__", None),
+)
 def test_no_layout_changes_the_numbers(layout, program, with_mesh, kind):
     if program is in_a_scan and kind is AxisType.Explicit:
         pytest.skip("a reshape of sharded rows is the caller's to spell out there")

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 import wloss_jax as wl
 
 from .oracle import grid
+from .oracle.tables import one_of_each
 
 B, L = 8, 4
 LENGTHS = [4, 3, 0, 2, 4, 1, 3, 4]
@@ -74,17 +75,17 @@ KEYWORDS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("axes", "keywords", "alike", "context"),
-    [
-        (BATCH_AXES, "segments", False, False),
-        (POSITIONS, "samples", False, True),
-        (BOTH, "lengths and weights", False, True),
-        (BOTH, "segments", True, False),
-    ],
-)
-@pytest.mark.parametrize("case", grid.CASES, ids=lambda case: case.name)
-def test_every_loss_on_explicit_axes(case, axes, keywords, alike, context):
+WAYS = [
+    (BATCH_AXES, "segments", False, False),
+    (POSITIONS, "samples", False, True),
+    (BOTH, "lengths and weights", False, True),
+    (BOTH, "segments", True, False),
+]
+
+
+@pytest.mark.parametrize(("case", "way"), one_of_each(grid.CASES, WAYS), ids=repr)
+def test_every_loss_on_explicit_axes(case, way):
+    axes, keywords, alike, context = way
     arrays, padded = grid.pad(grid.ragged(case, 0, LENGTHS), L)
     given = KEYWORDS[keywords](padded)
     static = {"num_segments": 3} if "segment_ids" in given else {}
@@ -222,12 +223,12 @@ FUNCTIONS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("axes", "alike", "context"),
-    [(BATCH_AXES, False, False), (POSITIONS, False, True), (BOTH, True, True)],
-)
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_every_function_on_explicit_axes(name, axes, alike, context):
+PLACES = [(BATCH_AXES, False, False), (POSITIONS, False, True), (BOTH, True, True)]
+
+
+@pytest.mark.parametrize(("name", "place"), one_of_each(FUNCTIONS, PLACES), ids=repr)
+def test_every_function_on_explicit_axes(name, place):
+    axes, alike, context = place
     function, arrays = FUNCTIONS[name]
     desired = jax.jit(function)(*arrays)
     result = on_mesh(function, arrays, axes, alike=alike, context=context)

@@ -109,6 +109,7 @@ def test_pytorch_still_computes_what_the_table_has(in_table, i):
 # ---------------------------------------------------------------------- line by line
 
 
+@pytest.mark.program
 @pytest.mark.parametrize("i", range(len(ROWS)))
 def test_values_and_gradients_are_those_of_pytorch(names, i):
     before, after = names[i]

@@ -11,6 +11,7 @@ import sys
 
 import jax
 import numpy as np
+import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -79,6 +80,7 @@ def free_port():
         return server.getsockname()[1]
 
 
+@pytest.mark.program
 def test_two_processes_with_unequal_batches_are_one():
     root = pathlib.Path(__file__).parents[1]
     environment = os.environ | {

@@ -23,6 +23,7 @@ def blocks(text: str) -> list[tuple[str, str]]:
     return re.findall(r"^```(\w+)\n(.*?)^```$", text, re.M | re.S)
 
 
+@pytest.mark.program
 @every_document
 def test_python_blocks_run_and_print_what_the_text_after_them_says(document):
     namespace: dict = {}
@@ -68,6 +69,7 @@ def test_the_table_has_what_other_packages_do(capsys):
     assert numbers["flax"] == ["5.800", "5.800", "nan,", "gradient", "NaN"]
 
 
+@pytest.mark.program
 def test_the_notebook_prints_what_it_shows():
     notebook = json.loads((README.parent / "examples" / "tour.ipynb").read_text())
     namespace: dict = {}

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import wloss_jax as wl
+from tests.oracle.tables import one_of_each
 from wloss_jax._sums import (
     sum_by_segment,
     sum_in_float64,
@@ -55,8 +56,9 @@ def assert_close(sums, values, ids, rtol, num_segments):
 # --------------------------------------------------------------------------- exact
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("num_segments", [1, 2, 64, 4096, N])
+@pytest.mark.parametrize(
+    ("kind", "num_segments"), one_of_each(KINDS, [1, 2, 64, 4096, N])
+)
 def test_long_segments_are_as_exact_as_a_sum_of_all(num_segments, kind):
     rng = np.random.default_rng(num_segments)
     ids = ids_of(kind, num_segments, N, rng)
@@ -95,8 +97,10 @@ def test_weights_past_the_integers_of_float32():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("num_segments", [1, 3, 100, 2**16])
-@pytest.mark.parametrize("add_up", [sum_in_float64, sum_in_whole_numbers])
+@pytest.mark.parametrize(
+    ("num_segments", "add_up"),
+    one_of_each([1, 3, 100, 2**16], [sum_in_float64, sum_in_whole_numbers]),
+)
 def test_both_ways_of_adding_up_are_exact(add_up, num_segments, kind):
     """Rounded once, or, of whole numbers, a few times: 2**-24 each."""
     rng = np.random.default_rng(num_segments)
@@ -179,8 +183,7 @@ def test_segments_add_up_to_what_they_are_cut_from(ids, dtype, random):
 # -------------------------------------------------------------------- derivatives
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("num_segments", [2, 1000])
+@pytest.mark.parametrize(("kind", "num_segments"), one_of_each(KINDS, [2, 1000]))
 def test_derivatives_of_every_mode(num_segments, kind):
     rng = np.random.default_rng(num_segments)
     size = 2**19 + 5  # cut into pieces, with a rest
