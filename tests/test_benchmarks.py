@@ -180,10 +180,16 @@ def test_quick_mode_prints_saves_and_draws(tmp_path):
 def test_the_picture_is_of_the_figures_that_are_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(picture, "PICTURE", tmp_path / "picture.svg")
     picture.main()
-    case = json.loads((picture.HERE / "h100.json").read_text())["rows"][
-        "linear_cross_entropy"
-    ][f"{picture.SIZES}, 35% valid"]
-    assert f"<!-- {case['values'][OURS]:.0f} -->" in picture.PICTURE.read_text()
+    figures = json.loads((picture.HERE / "h100.json").read_text())
+    case = figures["rows"]["linear_cross_entropy"][f"{picture.SIZES}, 35% valid"]
+    drawn = picture.PICTURE.read_text()
+    assert f"<!-- {case['values'][OURS]:.0f} -->" in drawn
+    for value in figures["temporary_gib"].values():
+        assert f"<!-- {value:.1f} -->" in drawn
+    # The one that readers see has the same words: nothing that is not known.
+    words = re.compile("<!-- (.*) -->")
+    checked_in = ROOT / "examples" / "pictures" / "linear_cross_entropy.svg"
+    assert words.findall(drawn) == words.findall(checked_in.read_text())
 
 
 def test_an_unknown_row_is_refused(capsys):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import wloss_jax as wl
 from tests.tools import peers
 
 README = Path(__file__).parents[1] / "README.md"
@@ -51,6 +52,12 @@ def test_a_new_user_sees_code_run_by_line_30():
     head = "\n".join(README.read_text().splitlines()[:30])
     assert "```python" in head
     assert "import wloss_jax as wl" in head
+
+
+def test_some_document_mentions_every_public_name():
+    words = set(re.findall(r"\w+", "".join(path.read_text() for path in DOCUMENTS)))
+    names = {*wl.__all__, *wl.testing.__all__, "WeightedMeanMetric"}
+    assert names - words == set()
 
 
 @every_document

@@ -1,7 +1,7 @@
 """Draws the linear cross-entropy on an H100: ``python -m tests.benchmarks.picture``.
 
-Of the figures in ``h100.json``, which `tests.benchmarks` wrote there, into the pictures
-of the README.
+Of the figures in ``h100.json``, which `tests.benchmarks` wrote there, into the picture
+of RESULTS.md. Memory is that of the losses whose compiler tells it.
 """
 
 import json
@@ -41,26 +41,26 @@ def draw() -> Figure:
     """Time with all tokens valid and with a third of them; memory, as compiled."""
     figures = json.loads((HERE / "h100.json").read_text())
     cases = figures["rows"]["linear_cross_entropy"]
-    figure = Figure(figsize=(9, 2.6), layout="constrained")
-    panels = figure.subplots(1, 3, sharey=True)
+    figure = Figure(figsize=(10, 2.6), layout="constrained")
+    panels = figure.subplots(1, 3)
     for axes, share in zip(panels, ("100%", "35%"), strict=False):
         case = cases[f"{SIZES}, {share} valid"]
-        _bars(axes, [case["values"][name] for name in NAMES], "{:.0f}")
+        _bars(axes, {name: case["values"][name] for name in NAMES}, "{:.0f}")
         axes.axvline(case["limit"]["value"], color=TEXT, linestyle=":", linewidth=1)
-        axes.set_title(f"ms, {share} of the tokens valid", fontsize=11, loc="left")
-    memory = figures["temporary_gib"]
-    _bars(panels[2], [memory.get(name) for name in NAMES], "{:.1f}")
-    panels[2].set_title("temporary GiB, the compiler's", fontsize=11, loc="left")
-    panels[0].set_yticks(range(len(NAMES)), NAMES.values())
-    panels[0].invert_yaxis()
+        axes.set_title(f"ms, {share} valid", fontsize=11, loc="left")
+    panels[1].set_yticks([])
+    _bars(panels[2], figures["temporary_gib"], "{:.1f}")  # of those that XLA compiles
+    panels[2].set_title("temporary GiB", fontsize=11, loc="left")
     return figure
 
 
 def _bars(axes, values, form):
     colors = [BLUE, *[GRAY] * (len(values) - 1)]
-    bars = axes.barh(range(len(values)), [v or 0 for v in values], color=colors)
-    labels = [form.format(v) if v else " not measured" for v in values]
+    bars = axes.barh(range(len(values)), values.values(), color=colors)
+    labels = [form.format(value) for value in values.values()]
     axes.bar_label(bars, labels, padding=3, fontsize=10, color=TEXT)
+    axes.set_yticks(range(len(values)), [NAMES[name] for name in values])
+    axes.set_ylim(len(NAMES) - 0.5, -0.5)  # the first on top, all bars of one height
     axes.set_xticks([])
     axes.spines["bottom"].set_visible(False)
     axes.margins(x=0.2)

@@ -1,4 +1,4 @@
-"""What other packages make of a ragged batch: the (R) rows of the README's table.
+"""What other packages make of a ragged batch: the (R) rows of a guide's table.
 
     python -m tests.tools.peers
 

@@ -98,7 +98,7 @@ def _arrays_in(names: dict[str, Any]) -> dict[str, Any]:
 
 
 class Row(NamedTuple):
-    """Some lines of PyTorch, and the JAX lines that stand below them."""
+    """Some lines of PyTorch, or another library, and those here that stand below."""
 
     torch: str
     jax: str
@@ -121,8 +121,13 @@ def _assigned(source: str) -> set[str]:
 
 def porting_section() -> tuple[str, list[Row]]:
     """The block that makes the arrays, and the rows."""
-    _, section = GUIDE.read_text().split("\n## Line by line\n")
-    (_, arrays), *rest = blocks(section.partition("\n## ")[0])
+    return pairs(GUIDE, "Line by line")
+
+
+def pairs(guide: Path, section: str) -> tuple[str, list[Row]]:
+    """The first block of a section, and its pairs of before and after."""
+    _, text = guide.read_text().split(f"\n## {section}\n")
+    (_, arrays), *rest = blocks(text.partition("\n## ")[0])
     languages = [language for language, _ in rest]
     assert languages == ["py", "python"] * (len(rest) // 2), languages
     texts = [text for _, text in rest]

@@ -104,7 +104,7 @@ def linear_masked(
 
     The engine of `linear_softmax_cross_entropy`, with its memory, skipping and matrix
     products, for a divergence from a teacher, a focal or margin loss, a cross-entropy
-    of top-k targets, .... The slope of ``loss_fn`` is JAX's, inside of each chunk.
+    of top-k targets. The slope of ``loss_fn`` is JAX's, inside of each chunk.
 
     Each token is by itself: ``loss_fn`` is traced for one token and mapped over the
     others, so that no result can depend on the size of a chunk. What ``loss_fn`` closes

@@ -21,7 +21,8 @@ def per_sample(loss: Callable[..., WeightedMean]) -> Callable[..., WeightedMean]
     ``per_sample(f)(x, y, lengths=n)[b] = f(x[b], y[b], lengths=n[b])``
 
     Mapped are the arrays and ``where``, ``lengths``, ``weights``, ``segment_ids``;
-    shared by all samples are the options, ``class_weights``, ``kernel`` and ``bias``.
+    shared by all samples are the options, ``class_weights``, ``kernel``, ``bias``, and
+    a ``class_mask`` of ``[V]``.
 
     Args:
       loss: a loss of this package, or any function with such arguments.
