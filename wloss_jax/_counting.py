@@ -72,7 +72,7 @@ class WhatCounts:
         if self.weights is None:
             return self._sum(values), self._count(dtype)
         weights = convert(self.weights, dtype)
-        if self.mask is not None:
+        if self.mask is not None:  # a weight too may be NaN where nothing counts
             weights = make_safe(weights, self.mask)
         return self._sum(values * weights), self._sum(weights)
 
@@ -121,6 +121,7 @@ def what_counts(
         segment_ids=segment_ids,
         num_segments=num_segments,
     )
+    # Lengths alone are added up as they are, B numbers instead of a mask of B * L.
     alone = lengths is not None and where is None and weights is None
     expanded = None
     if weights is not None:
@@ -162,6 +163,7 @@ def _count_mask(mask: jax.Array, dtype: Any) -> jax.Array:
     floating numbers takes 30.
     """
     *rows, size = mask.shape or (1,)
+    # A count of 16 at most, which 8 bits have room for.
     few = math.gcd(size, 16) if is_below(size, 2**62) else 1
 
     def few_at_a_time(mask: jax.Array) -> jax.Array:

@@ -57,6 +57,8 @@ class Cut:
         least = self.size // self.count
 
         def take(x: jax.Array, step: jax.Array | int) -> Any:
+            # Row i of the batch stands at [i // k, i % k]: a microbatch is a column, of
+            # which each device that holds some rows has its share.
             head = x if self.is_even else x[: least * self.count]
             head = head.reshape(least, self.count, *x.shape[1:])
             taken = jax.lax.dynamic_index_in_dim(head, step, 1, keepdims=False)
@@ -81,6 +83,7 @@ class Cut:
         """
         if axis is None:
             return sum((x.sum(0) for x in groups[1:]), groups[0].sum(0))
+        # Each is [microbatches, rows, ...]; its transpose has the order of the batch.
         stacked = [jnp.moveaxis(x, axis + 1, 1) for x in groups]
         least = self.size // self.count
         head = stacked[0]
@@ -88,7 +91,7 @@ class Cut:
             head = jnp.concatenate([x[:, :least] for x in stacked])
         rest = head.shape[2:]
         rows = head.swapaxes(0, 1).reshape(least * self.count, *rest)
-        if not self.is_even:
+        if not self.is_even:  # the one row more of the first microbatches comes last
             rows = jnp.concatenate([rows, stacked[0][:, least]])
         return jnp.moveaxis(rows, 0, axis)
 

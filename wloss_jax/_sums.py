@@ -74,6 +74,7 @@ def count_by_segment(
     ``mask`` is bool, of the shape of the elementwise loss.
     """
     rest = tuple(range(segment_ids.ndim, mask.ndim))
+    # A count that may not fit into an int32 is added up as other values are.
     if not is_below(mask.size, 2**31):
         counts = mask.sum(rest, dtype=dtype)
         return sum_by_segment(counts, segment_ids, num_segments)
@@ -155,10 +156,13 @@ def sum_in_whole_numbers(
     step = 29 - most  # bits of a digit: of units, a value has 2 at most
     digits = math.ceil((info.nmant + 1 + most) / step)
 
+    # Integers are added up exactly in any order, floating numbers only compared: so no
+    # result depends on the order in which a device gets to its elements.
     cells = _cells(ids, num_segments, lanes)
     add = functools.partial(_scatter, cells, (num_segments + 1, lanes), "add")
     largest = functools.partial(_scatter, cells, (num_segments + 1, lanes), "max")
     finite = jnp.where(jnp.isfinite(values), values, 0)
+    # Without its mantissa a floating number is a power of 2, and dividing by it exact.
     unit = jax.lax.reduce_precision(
         jnp.minimum(largest(jnp.abs(finite)).max(1), info.max / 2),  # never infinity
         exponent_bits=info.nexp,
@@ -167,7 +171,8 @@ def sum_in_whole_numbers(
     unit = jnp.where(unit == 0, 1, unit)
     multiples = finite / unit.at[cells // lanes].get(mode="clip")
     total = jnp.zeros((num_segments + 1, lanes), values.dtype)
-    for i in range(digits, 0, -1):  # the smallest first
+    # The smallest digit first, so that what is added to is never much larger.
+    for i in range(digits, 0, -1):
         coarser = jnp.rint(multiples * 2.0 ** (step * (i - 1))) if i > 1 else 0
         digit = jnp.rint(multiples * 2.0 ** (step * i)) - coarser * 2.0**step
         total = (total + add(digit.astype(jnp.int32))) * 2.0**-step
@@ -196,6 +201,7 @@ def _add_up(
     """
     add = functools.partial(_add, num_segments, dtype, lanes)
     sums = jnp.zeros((num_segments + 1) * lanes, dtype)
+    # Pieces of an array that is sharded would be gathered on each device.
     if piece is None or not _is_known(ids) or ids.size <= piece or _may_be_sharded(ids):
         sums = add(sums, values, ids)
     else:
@@ -247,6 +253,8 @@ def _cells(ids: jax.Array, num_segments: int, lanes: int) -> jax.Array:
     segments = jnp.where(belongs, ids.astype(jnp.uint32) + 1, num_segments + 1)
     if lanes == 1:
         return segments
+    # The position in the flat array, without making it flat: that would move what is
+    # sharded between devices. It may wrap around, which changes only whose turn it is.
     place = jnp.zeros((), jnp.uint32)
     for axis, size in enumerate(ids.shape):
         position = jax.lax.broadcasted_iota(jnp.uint32, ids.shape, axis)

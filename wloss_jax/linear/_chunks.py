@@ -17,6 +17,9 @@ from wloss_jax.linear._spread import Spread
 
 def chunk_size_of(device: Device, tokens: int, features: int) -> int:
     """The tokens of a chunk, where the caller leaves them to us."""
+    # The kernel's gradient is read and written once a chunk, which costs the less the
+    # larger a chunk is; its logits are what takes memory. On accelerators the balance
+    # goes with the number of features; these sizes gave the memory in `RESULTS.md`.
     if device.platform == "cpu":
         chunk = 512
     elif device.platform == "tpu":
@@ -55,6 +58,7 @@ def sweep(
 
     def valid_first(mask: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Where to read each token, and where to write its values."""
+        # False sorts before True: first the tokens that count, in their order.
         order = jnp.argsort(~mask, stable=True)
         valid = jnp.arange(block) < mask.sum()
         # Where none counts, a filler is read behind the last token, as zeros.
@@ -71,6 +75,7 @@ def sweep(
         for t in tokens
     ]
     orders = each_block(valid_first)(mask_blocks)
+    # All blocks go as many rounds as the fullest, so that devices stay together.
     num_valid = mask_blocks.sum(axis=-1, dtype=jnp.int32).max()
     if task.vocab_axis_name is not None:
         num_valid = jax.lax.pmax(num_valid, task.vocab_axis_name)
@@ -111,6 +116,7 @@ def sweep(
         for t in first
     ]
     all_valid = jnp.ones(chunk, bool)
+    # By its jaxpr: shapes alone do not say over which mapped axes a result varies.
     jaxpr, shapes = jax.make_jaxpr(step, return_shape=True)(all_valid, *first)
     values, sums = jax.tree.unflatten(jax.tree.structure(shapes), jaxpr.out_avals)
     zeros = (
@@ -119,6 +125,7 @@ def sweep(
     )
     carry = jnp.int32(0), zeros
     if block:
+        # Whole chunks while more than half of one is left, then a half for the rest.
         half = max(1, chunk // 2)
         for size, left in ((chunk, half), (half, 0)):
             carry = jax.lax.while_loop(

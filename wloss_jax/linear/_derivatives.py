@@ -46,6 +46,8 @@ from wloss_jax.linear._programs import (
 
 
 def _total_jvp(primals: Arrays, tangents: Arrays, *, task: Task) -> Any:
+    # A total is a number, so its gradients are known before anything is transposed: one
+    # sweep makes them together with the values, and the tangent is a product with them.
     wrt, changes = _differentiated(primals, tangents, task)
     loss, *others = gradients_p.bind(*primals, wrt=wrt, with_values=True, task=task)
     residuals = others[: task.loss.num_residuals]
@@ -66,6 +68,8 @@ def _total_jvp(primals: Arrays, tangents: Arrays, *, task: Task) -> Any:
 
 
 def _losses_jvp(primals: Arrays, tangents: Arrays, *, task: Task) -> Any:
+    # What the cotangent of each token will be is not known yet: the tangents are an
+    # operation of their own, and its transpose makes the logits a second time.
     wrt, changes = _differentiated(primals, tangents, task)
     values = losses_p.bind(*primals, task=task)
     residuals = values[task.loss.num_outputs :]
@@ -96,6 +100,7 @@ def _inner_transpose(
 ) -> list[Any]:
     (cotangent,) = cotangents
     dtype = tangent.aval.dtype
+    # Rounded once, after the cotangent, where the gradient has more digits than it.
     if gradient.dtype != dtype:
         return [None, (gradient * cotangent).astype(dtype)]
     gradient = vary(gradient, tuple(varying(cotangent)))
@@ -103,6 +108,7 @@ def _inner_transpose(
 
 
 def _inner_jvp(primals: Arrays, tangents: Arrays, *, task: Task) -> Any:
+    # The product rule: each of the two changes beside the other, as it stands.
     changes = [
         inner_p.bind(primal, tangent, task=task)[0]
         for primal, tangent in zip(primals, reversed(tangents), strict=True)
@@ -121,12 +127,15 @@ def _differentiated(
     """
     tangents = list(tangents[: task.num_operands])
     wrt = tuple(not is_zero(t) for t in tangents)
+    # The first four are features, kernel, bias and mask.
     if task.vocab_axis_name is not None and any(wrt[4:]):
         raise NotImplementedError(
             "`vocab_axis_name`: where the vocabulary is sharded there are gradients by "
             "features, kernel and bias only. Pass options as Python numbers, and "
             "`jax.lax.stop_gradient` of other arrays."
         )
+    # Features are shared by the shards of the vocabulary, each of which makes a part of
+    # their gradient: the tangent passes as it is, its transpose is added up.
     if wrt[0] and _is_untracked(task.vocab_axis_name):
         add = Place("any", task.vocab_axis_name).add
         tangents[0] = linear_call(
@@ -187,6 +196,7 @@ def _plain_outputs(task: Task, operands: Arrays) -> list[jax.Array]:
 
     rows = [flat(x) for x in (given.features, *given.arrays)]
 
+    # Its logits are made again on the way back, or those of all tokens would be kept.
     @jax.checkpoint
     def token_outputs(token: Any) -> list[jax.Array]:
         valid, *own = token

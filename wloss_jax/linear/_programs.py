@@ -74,6 +74,8 @@ def gradients_of_tokens(
         ]
         values: list[jax.Array] = []
         others: list[jax.Array] = []
+        # A slope of its own is by the logits only; an array or an option that is
+        # differentiated beside them is for JAX.
         if loss.has_slope and not any(of_others):
             if with_values:
                 outputs, residuals = loss.values(logits, arrays, given.shared, place)
@@ -123,6 +125,7 @@ def gradients_of_tokens(
     values, sums = sweep(
         step, tokens, given.mask, kernel.shape[0], task, device, spread
     )
+    # What was divided by the largest weight, in a step, is multiplied again in float32.
     sums = [s * largest for s in sums]
     num_values = with_values * (num_outputs + loss.num_residuals)
     values, of_tokens, of_all = values[:num_values], values[num_values:], sums
@@ -173,6 +176,7 @@ def tangents_of_tokens(
             change += product(x, of_kernel)
         if of_bias is not None:
             change += of_bias.astype(logits.dtype)[None, :]
+        # A class that is out stays out: infinity changes by nothing, and not by NaN.
         change = jnp.where(logits == -jnp.inf, 0, change)
 
         def outputs_of(logits: jax.Array, *some: jax.Array) -> Any:

@@ -74,6 +74,7 @@ class Spread(NamedTuple):
         if self.mesh is None or sums.ndim < 3 or self.features not in ((), self.tokens):
             return sums.sum(axis=0)
         is_scattered = self.features == self.tokens
+        # A slab is some rows of each device's share, in at most 16 slabs.
         num_slabs = math.gcd(sums.shape[1] // self.num_blocks, 16)
         num_slabs = num_slabs if self.platform == "tpu" else 1
 
@@ -119,6 +120,7 @@ def spread_of(kernel: jax.Array, mask: jax.Array, device: Device) -> Spread:
     unknown = Spread(math.gcd(mask.size, num_devices), platform=device.platform)
     if device.mesh is None:
         return unknown
+    # Where arguments disagree, nothing is said to the compiler but the blocks.
     features, vocab = _of_kernel(kernel, device)
     if vocab is None:
         return unknown
@@ -133,6 +135,7 @@ def spread_of(kernel: jax.Array, mask: jax.Array, device: Device) -> Spread:
 def _of_kernel(kernel: jax.Array, device: Device) -> tuple[Axes | None, Axes | None]:
     """The axes of the kernel, or of the table of embeddings that it is tied to."""
     features, vocab = kernel.shape
+    # By shape alone: what is a parameter and what a moment of Adam, no type says.
     specs = [a.spec for a in device.arguments if a.shape == (features, vocab)]
     specs = specs or [
         a.spec[::-1] for a in device.arguments if a.shape == (vocab, features)

@@ -59,11 +59,14 @@ def _batch(
     if all(is_shared):
         outs = primitive.bind(*arrays, **params)
         return outs, [None] * len(outs)
+    # The axis of the batch first, where the axes of the tokens are.
     arrays = [
         x if dim is None else jnp.moveaxis(x, dim, 0)
         for x, dim in zip(arrays, dims, strict=True)
     ]
     of_tokens = _are_of_tokens(primitive, len(arrays), task, wrt)
+    # A gradient of the kernel adds up over all tokens: one for each element of a batch
+    # that has become tokens could not be told apart again.
     is_one_sum = primitive is gradients_p and any(
         wanted and not task.is_token(i) for i, wanted in enumerate(wrt)
     )
@@ -77,7 +80,7 @@ def _batch(
         ]
         function = _total_merged if primitive is total_p else primitive.bind
         outs = function(*arrays, **params)
-    else:
+    else:  # in the memory of one
         outs = jax.lax.map(
             lambda own: primitive.bind(
                 *(own.get(i, x) for i, x in enumerate(arrays)), **params
