@@ -128,6 +128,7 @@ def test_values_and_gradients_are_those_of_pytorch(names, i):
         assert_close(gradient, golden["gradients"][name], f"gradient of {name}")
 
 
+@pytest.mark.program
 @pytest.mark.parametrize("i", range(len(ROWS)))
 def test_pytorch_still_computes_what_was_recorded(names, i):
     pytest.importorskip("torch")
