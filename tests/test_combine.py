@@ -402,6 +402,8 @@ def test_coefficients_go_by_the_name_of_any_mapping_and_may_be_traced():
         m = wl.compute(terms(params, ROWS))
         return factor * (m["b"]["own"] + m["b"]["more"]) + m["a"]
 
+    with pytest.raises(ValueError, match=r"`coefficients` names \['c', 1\], but"):
+        wl.value_and_grad(terms, coefficients={"c": 1.0, 1: 2.0})(SMALL, ROWS)
     assert_close(gradient(0.3, SMALL), jax.grad(loss)(SMALL, 0.3))
     # A gradient is linear in a coefficient: its derivative is no constant's.
     assert_close(
@@ -520,6 +522,12 @@ ERRORS = {
     ),
     "a number": (lambda p, b: 1.0, lambda m, p: m, {}, "`loss_fn` must return parts"),
     "a string": (lambda p, b: "x", lambda m, p: m, {}, "`loss_fn` must return parts"),
+    "an array of strings": (
+        lambda p, b: np.array(["x"] * len(b["x"])),
+        lambda m, p: 1.0,
+        {},
+        "`loss_fn` must return parts",
+    ),
     "no parts": (lambda p, b: {}, lambda m, p: 1.0, {}, "`loss_fn` must return parts"),
     "rows of another axis": (
         lambda p, b: {"a": embed(p, b).T},

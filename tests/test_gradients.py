@@ -161,8 +161,17 @@ def test_a_weight_that_does_not_see_the_size_of_microbatches_is_told():
             2.0, batch
         )
 
+    one = jnp.ones(())
+    for weight in (lambda p, b: 1.0, lambda p, b: one, lambda p, b: jnp.ones(())):
+        with pytest.raises(
+            ValueError, match=r"`loss_fn` returns .* of weight 1\.0 for"
+        ):
+            run(of_weight(weight))
     with pytest.raises(ValueError, match=r"`loss_fn` returns .* of weight 1\.0 for"):
-        run(of_weight(lambda p, b: 1.0))
+        run(
+            lambda p, b: wl.WeightedMean(p * b["x"].sum(0), jnp.ones(2)),
+            combine=lambda m, p: m.compute().max(),
+        )
     # No false alarms: microbatches of one size, a count, a weight of the model, a sum.
     run(of_weight(lambda p, b: 1.0), k=5)
     run(of_weight(lambda p, b: b["x"].size))
@@ -307,7 +316,9 @@ def test_aux_without_microbatches_is_that_of_jax():
     assert aux["rows"] == 4
 
 
-@pytest.mark.parametrize(("rows", "k"), [(8, 4), (8, 8), (7, 3), (7, 4), (4, 2)])
+@pytest.mark.parametrize(
+    ("rows", "k"), [(8, 4), (8, 8), (7, 3), (7, 4), (4, 2), (1, 3), (0, 2)]
+)
 def test_aux_of_the_batch_is_in_its_order_and_the_rest_is_merged_or_stacked(rows, k):
     batch = aux_batch(rows)
     _, expected = loss_with_aux(2.0, batch)
@@ -316,6 +327,7 @@ def test_aux_of_the_batch_is_in_its_order_and_the_rest_is_merged_or_stacked(rows
     for name in ("heads", "samples", "predictions", "turned"):
         assert_close(aux[name], expected[name])
     assert aux["samples"].total.shape == (rows,)
+    k = max(1, min(k, rows))  # at most one a row, but one
     assert aux["groups"].tolist() == [[2.0, 2.0]] * k
     assert aux["rows"].tolist() == [len(range(i, rows, k)) for i in range(k)]
     assert aux["none"] is None

@@ -205,6 +205,26 @@ def test_the_pure_front_says_that_a_module_is_for_this_one():
     jax.jit(wl.value_and_grad(of_state, num_microbatches=2))(params, BATCH)
 
 
+@pytest.mark.parametrize("num_microbatches", [1, 2])
+def test_the_pure_front_says_that_what_it_does_not_differentiate_changes(
+    num_microbatches,
+):
+    net = Net()
+
+    def given(scale, batch, net):
+        return net_loss(net, batch)
+
+    def closed_over(scale, batch):
+        return net_loss(net, batch)
+
+    for loss_fn, others in (given, [net]), (closed_over, []):
+        step = wl.value_and_grad(loss_fn, num_microbatches=num_microbatches)
+        with pytest.raises(
+            TypeError, match=r"`loss_fn` changes .*`wloss_jax\.nnx\.val"
+        ):
+            step(1.0, BATCH, *others)
+
+
 # ---------------------------------------------------------------- state, carried
 
 

@@ -34,6 +34,8 @@ def places_of_aux(aux: PyTree, sizes: Sizes | None, *, arrays: bool) -> list[Pla
                 places.append(sizes.place(leaf, AUX, i))
             except ValueError:
                 places.append(None)
+        elif arrays and sizes is None and 0 in shape_of(leaf):
+            places.append(shape_of(leaf).index(0))  # of a batch without rows
         else:
             places.append(None)
     return places

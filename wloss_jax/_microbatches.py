@@ -92,7 +92,7 @@ def accumulate(
     loss = _Loss(evaluate, combine, check_parameters("argnums", params), axes)
     cut = None if num_microbatches == 1 else cut_batch(batch, int(num_microbatches))
     if cut is None or cut.count == 1:
-        return loss.of_whole(state, batch)
+        return loss.of_whole(state, batch, cut)
     return loss.of_microbatches(state, batch, cut)
 
 
@@ -114,10 +114,13 @@ class _Loss:
         # to be added up once, last; what does not would have it added up by itself.
         self.varying = self._vary(params)
 
-    def of_whole(self, state: PyTree, batch: PyTree) -> Outcome:
-        """One forward pass, which is gone back through with the slopes of its parts."""
+    def of_whole(self, state: PyTree, batch: PyTree, cut: Cut | None) -> Outcome:
+        """One forward pass, which is gone back through with the slopes of its parts.
+
+        With a ``cut``, whose only microbatch it is, the aux has a microbatch's shapes.
+        """
+        sizes = self._doubled(state, batch, asked=bool(self.axes) or cut is not None)
         back, (parts, aux, state) = self._forward_and_back(state, batch)
-        sizes = self._doubled(state, batch)
         places = places_of_parts(parts, sizes)
         arrays = jax.tree.leaves(parts)
         treedef: Any = jax.tree.structure(parts)
@@ -125,10 +128,14 @@ class _Loss:
         value, slopes, direct = self._differentiate(treedef, whole)
         slope_places = _choose(places, have_slopes(parts))
         grads = back(self._own_slopes(slopes, slope_places))
+        aux_places = places_of_aux(aux, sizes, arrays=cut is not None)
+        if cut is not None:
+            stacked = jax.tree.map(lambda x: jnp.asarray(x)[None], aux)
+            aux = put_aux_together(cut, [stacked], aux_places)
         return Outcome(
             from_first(value, self.axes),
             treedef.unflatten(whole),
-            add_aux_up(aux, places_of_aux(aux, sizes, arrays=False), self.axes),
+            add_aux_up(aux, aux_places, self.axes),
             self._add_gradients(grads, direct),
             state,
         )
@@ -239,7 +246,7 @@ class _Loss:
 
     # ------------------------------------------------- which axes are the batch
 
-    def _doubled(self, state: PyTree, batch: PyTree) -> Sizes | None:
+    def _doubled(self, state: PyTree, batch: PyTree, *, asked: bool) -> Sizes | None:
         """How shapes change where the rows of this device were twice as many."""
         rows = batch_size(batch)
         if not rows:
@@ -251,7 +258,7 @@ class _Loss:
         def evaluate() -> tuple[PyTree, PyTree]:
             return self._forward(state, jax.tree.map(double, batch))[:2]
 
-        return Sizes(rows, 2 * rows, evaluate if self.axes else None)
+        return Sizes(rows, 2 * rows, evaluate if asked else None)
 
     def _shapes(
         self, state: PyTree, batch: PyTree, cut: Cut

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.interpreters import partial_eval
 from jax.typing import ArrayLike
 
@@ -145,7 +146,7 @@ def check_parts(parts: PyTree) -> None:
     for path, leaf in leaves:
         check_type(
             "loss_fn",
-            is_mean(leaf) or (hasattr(leaf, "dtype") and hasattr(leaf, "shape")),
+            is_mean(leaf) or _is_array(leaf),
             "must return parts with `combine`: `WeightedMean`s, which are added up, "
             f"and arrays [B, ...], which are put together; got {leaf!r} at "
             f"`parts{jax.tree_util.keystr(path)}`.",
@@ -158,6 +159,12 @@ def check_parts(parts: PyTree) -> None:
             "a sum over the whole batch, or compute in `combine` what does not depend "
             f"on the batch; got {leaf!r} at `parts{jax.tree_util.keystr(path)}`.",
         )
+
+
+def _is_array(leaf: Any) -> bool:
+    """Whether a leaf is an array that JAX knows, of random keys too."""
+    is_foreign = isinstance(leaf, np.ndarray) and leaf.dtype.kind in "OSUMm"
+    return hasattr(leaf, "dtype") and hasattr(leaf, "shape") and not is_foreign
 
 
 def check_means(value: Any) -> None:
@@ -213,7 +220,7 @@ def sum_of_means(coefficients: Mapping[str, ArrayLike] | None) -> Combine:
         check_value(
             "coefficients",
             factors.keys() <= terms.keys(),
-            f"names {sorted(factors)}, but the terms that `loss_fn` returns are "
+            f"names {list(factors)}, but the terms that `loss_fn` returns are "
             f"{list(terms)}; a lone `WeightedMean` has no name.",
         )
         loss: jax.Array = jnp.float32(0)

@@ -189,7 +189,12 @@ def value_and_grad(
         ) -> tuple[Any, Any, None]:
             replaced = params | {i: batch[name] for i, name in names.items()}
             full = [replaced.get(i, arg) for i, arg in enumerate(positional)]
-            parts, aux = split_aux(call(*full, **keywords), has_aux)
+            try:
+                returned = call(*full, **keywords)
+            except Exception as error:
+                check_no_changes(error)
+                raise
+            parts, aux = split_aux(returned, has_aux)
             check_parts(parts)
             return parts, aux, None
 
@@ -300,4 +305,15 @@ def check_no_modules(params: Any) -> None:
         f"is given a module of `flax.nnx`, {[type(x).__name__ for x in found]}: use "
         "`wloss_jax.nnx.value_and_grad`, which keeps its batch statistics and random "
         "streams; or `nnx.split` it, and pass its state.",
+    )
+
+
+def check_no_changes(error: Exception) -> None:
+    """Checks that an ``error`` is not of a module of `flax.nnx` whose state changes."""
+    check_type(
+        "loss_fn",
+        type(error).__name__ != "TraceContextError",
+        "changes the state of a module of `flax.nnx`, such as a random stream or batch "
+        "statistics: pass the module as an argument, and use "
+        "`wloss_jax.nnx.value_and_grad`, which carries its state.",
     )
