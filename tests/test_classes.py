@@ -135,6 +135,43 @@ def test_a_label_that_is_out_costs_infinity(name):
     assert not gradient[:, ~IN].any()
 
 
+@every
+def test_options_and_labels_have_no_slope_where_a_label_is_out(name):
+    """Neither NaN, of 0 times infinity, nor any slope by the share of such a class."""
+    loss, options = LOSSES[name]
+    labels, _ = labels_of(name, out=True)
+    if name == "kl of logarithms":  # by the logarithms: `jnp.log` has no slope at 0
+        loss, labels = log_softmaxed(wl.kl_divergence_with_log_targets), jnp.log(labels)
+    moving = {k: jnp.float32(v) for k, v in options.items() if isinstance(v, float)}
+    if name not in INTEGERS:
+        moving["labels"] = jnp.asarray(labels)
+
+    def total(moving):
+        logits = jnp.where(IN, SCORES, -jnp.inf)
+        given = {"labels": labels, **options, **moving}
+        return loss(logits, given.pop("labels"), **given).total
+
+    value, slopes = jax.value_and_grad(total)(moving)
+    assert np.isposinf(value)
+    assert all(np.isfinite(x).all() for x in slopes.values())
+    if "labels" in slopes and name != "multilabel":
+        assert not slopes["labels"][:, ~IN].any()
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("name", ["smoothed", "dense smoothed"])
+def test_smoothing_of_1_takes_no_cost_from_a_label_that_is_out(name, traced):
+    loss, _ = LOSSES[name]
+    labels, _ = labels_of(name, out=True)
+    logits = jnp.where(IN, SCORES, -jnp.inf)
+    smoothing = jnp.float32(1) if traced else 1.0
+    costs = wl.per_sample(loss)(logits, labels, label_smoothing=smoothing)
+    mean = -jax.nn.log_softmax(SCORES[1:, IN]).mean(-1)
+    desired = [np.inf, *mean]
+    # Of logits of 1, a few roundings.
+    np.testing.assert_allclose(costs.compute(), desired, rtol=2e-6)
+
+
 @with_mask
 def test_where_all_classes_are_out_the_cost_is_infinity(name):
     loss, options = LOSSES[name]

@@ -915,6 +915,60 @@ def test_a_label_that_is_out_costs_infinity(way, smoothing):
         assert np.isfinite(entropies).all()
 
 
+@pytest.mark.parametrize("name", [*OF_LABELS, "log_probs"])
+def test_options_have_a_slope_beside_a_class_that_is_out(name):
+    """That of the classes that are in, finite where a label is out."""
+    arrays = data()
+    left = np.flatnonzero(CLASS_MASK)
+    if name == "log_probs":
+        options = {"softcap": 2.0, "temperature": 0.7}
+        labels = arrays["labels_in"]
+    else:
+        loss, options, label_name = OF_LABELS[name]
+        labels = np.asarray(arrays[label_name])
+    if name == "probabilities":
+        labels = np.where(CLASS_MASK, labels, 0)
+        fewer_labels, bad_labels = labels[..., left], np.ones_like(labels)
+    else:
+        fewer_labels = np.cumsum(CLASS_MASK)[labels] - 1
+        bad_labels = np.full_like(labels, OUT[0])
+    x, k, _ = parts_of(arrays)
+
+    @jax.jit
+    def slopes(k, labels, options, bias=None):
+        def total(options):
+            if name == "log_probs":
+                values = wl.linear_log_probs(x, k, labels, bias=bias, **options)
+                return jnp.where(jnp.isfinite(values), values, 0).mean()
+            return loss(x, k, labels, bias=bias, **options).compute()
+
+        return jax.grad(total)(options)
+
+    options = {key: jnp.float32(value) for key, value in options.items()}
+    out = {"bias": jnp.asarray(WAYS_OUT["bias"]["bias"])}
+    desired = slopes(k[:, left], fewer_labels, options)
+    assert_close(slopes(k, labels, options, **out), desired, rtol=5e-6)
+    of_bad = slopes(k, bad_labels, options, **out)
+    assert all(np.isfinite(slope) for slope in of_bad.values())
+
+
+@pytest.mark.parametrize("name", OF_LABELS)
+def test_where_all_classes_are_out_nothing_is_nan(name):
+    loss, options, label_name = OF_LABELS[name]
+    arrays = data()
+    x, k, _ = parts_of(arrays)
+    out = jnp.full(V, -jnp.inf)
+    labels = arrays[label_name]
+    value, grads = jax.value_and_grad(
+        lambda x, k: loss(x, k, labels, bias=out, **options).total, (0, 1)
+    )(x, k)
+    assert value == np.inf
+    assert not any(np.any(g) for g in grads)
+    if name == "cross-entropy":
+        _, entropies = wl.linear_log_probs(x, k, labels, bias=out, with_entropy=True)
+        assert not np.any(entropies)
+
+
 # ----------------------------------------------------------------- options, aux
 
 

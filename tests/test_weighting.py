@@ -98,6 +98,14 @@ def test_no_gradient_flows_through_the_factor(p):
         np.testing.assert_allclose(gradient, weights / weights.sum(), rtol=2e-6)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_an_entry_that_a_scheme_weighs_with_0_is_not_there(bad):
+    m = entries([4, 2, 1], [1.0, bad, 3.0])
+    new = m.reweight(lambda size, loss: jnp.where(jnp.isfinite(loss), size, 0)).merge()
+    assert float(new.total) == 7.0
+    assert float(new.weight) == 5.0
+
+
 @settings(deadline=None, max_examples=20)
 @given(sizes=sizes, losses=losses)
 def test_bias_is_the_mean_of_means_less_the_mean(sizes, losses):

@@ -81,6 +81,8 @@ def weigh(
     new_weight = jnp.where(no_weight, 0, jax.lax.stop_gradient(new_weight))
     # In this order: of one weight over another there may be no float32.
     new_total = total / safe_size * new_weight
+    # An entry that a scheme weighs with 0 is not there, be it NaN.
+    new_total = jnp.where(new_weight == 0, 0, new_total)
     # A total without a weight is not empty: it stays, and shows.
     unweighted = jax.lax.stop_gradient(total)
     return jnp.where(no_weight, unweighted, new_total), new_weight

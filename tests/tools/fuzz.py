@@ -7,7 +7,9 @@ A *program* is all that is static: a loss with its options, dtypes, shapes, keyw
 and the transformations around it. Compiling takes the time, so cases 8 n to 8 n + 7
 share a program, and draw data for it: contents, raggedness, weights over 30 orders of
 magnitude, and poison wherever nothing counts. With each program comes a row of long
-segments, by `tests.tools.fuzz_sums`.
+segments, by `tests.tools.fuzz_sums`. A loss of classes may have one that is out, by
+`tests.tools.fuzz_classes`, and arrays may be on a mesh of explicit axes, by
+`tests.tools.fuzz_meshes`.
 
 Whatever the reduction, the result is linear in the losses of the elements that count:
 ``value = sum_i a_i loss_i``. So the oracle is a list of these elements, their losses
@@ -38,7 +40,7 @@ from jax.sharding import PartitionSpec as P
 
 import wloss_jax as wl
 from tests.oracle import grid, reference
-from tests.tools import fuzz_sums
+from tests.tools import fuzz_classes, fuzz_meshes, fuzz_sums
 
 CASES_PER_PROGRAM = 8
 SHAPES = ((4, 4), (4,), (4, 3, 2))  # of the losses; the first axis is the batch
@@ -176,7 +178,7 @@ LOSSES = [
 # How rows become a `WeightedMean`, and what is around that.
 INNER = ("whole", "vmap", "per_sample", "scan", "halves")
 OUTER = (
-    *("eager", "jit", "remat", "jvp", "hvp", "vmap of grad"),
+    *("explicit", "eager", "jit", "remat", "jvp", "hvp", "vmap of grad"),
     *("microbatches", "sharded", "pmap", "shard_map", "shard_map without check_vma"),
 )
 ON_DEVICES = OUTER[-4:]
@@ -200,11 +202,15 @@ class Program:
     outer: str
     num_microbatches: int
     num_devices: int
+    placement: tuple[Any, ...] | None = None  # on a mesh of explicit axes
 
 
 def draw_program(rng, losses=LOSSES):
     loss, outer = pick(rng, losses), pick(rng, OUTER)
-    if loss.name == "ctc_loss" and outer == "hvp":
+    options, of_package = loss.options(rng), loss.of_package(rng)
+    if rng.random() < 0.5:
+        loss = fuzz_classes.with_one_out(loss, rng)
+    if loss.name.startswith("ctc_loss") and outer == "hvp":
         # In a scan, the second derivative of `jnp.logaddexp` where both are equal is
         # wrong (jax 0.10, 0.12).
         outer = "jvp"
@@ -222,6 +228,8 @@ def draw_program(rng, losses=LOSSES):
     inner = pick(rng, INNER)
     if outer == "vmap of grad" or (outer == "eager" and inner in ("scan", "halves")):
         inner = "whole"
+    if outer == "explicit":  # JAX itself maps over no arrays that differ in sharding
+        inner = pick(rng, ("whole", "per_sample"))
     shape = pick(rng, SHAPES)
     is_split = inner != "whole" or outer in VALUE_AND_GRAD or outer == "vmap of grad"
     ranks = {}
@@ -247,8 +255,8 @@ def draw_program(rng, losses=LOSSES):
     num_microbatches = pick(rng, divisors or [1]) if outer in VALUE_AND_GRAD else 1
     return Program(
         loss,
-        loss.options(rng),
-        loss.of_package(rng),
+        options,
+        of_package,
         dtypes,
         x64,
         shape,
@@ -258,6 +266,7 @@ def draw_program(rng, losses=LOSSES):
         outer,
         num_microbatches,
         num_devices,
+        fuzz_meshes.draw(rng) if outer == "explicit" else None,
     )
 
 
@@ -327,6 +336,7 @@ def value_of(program, variables, data):
     m = reduced(program, m)
     means = m.compute(data["empty"])
     if program.reduction == "entries":
+        means = fuzz_meshes.whole(means)
         means = (data["cotangents"].astype(means.dtype) * means).sum()
     return means, m.weight
 
@@ -349,7 +359,12 @@ def make_step(program):
         (mean, weight), gradients = gradient(variables, data)
         return {"value": mean, "weight": weight, "gradients": gradients}
 
-    return step if outer == "eager" else jax.jit(step)
+    if outer == "eager":
+        return step
+    jitted = jax.jit(step)
+    if program.placement is not None:
+        return fuzz_meshes.on_mesh(jitted, program.placement)
+    return jitted
 
 
 def forward_step(value, outer):
@@ -562,7 +577,7 @@ def put_wrong(program, rng, arrays, index):
     loss = program.loss
     # A label that is no class has any class weight; those of ctc are mostly padding.
     may_be_label = loss.labels is not None and not (
-        loss.name == "ctc_loss" or loss.name.endswith("all_options")
+        loss.name.startswith("ctc_loss") or "all_options" in loss.name
     )
     if may_be_label and rng.random() < 0.5:
         info = np.iinfo(arrays[loss.labels].dtype)

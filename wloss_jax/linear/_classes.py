@@ -13,11 +13,13 @@ def log_sum_exp(logits: jax.Array, place: Place) -> tuple[jax.Array, jax.Array]:
     """The log-sum-exp of each token, in two parts that are added up late or never.
 
     The largest logit, 0 where none is finite, and the logarithm of the sum of
-    ``exp(logits - largest)``. Beside large logits the digits of the second are lost.
+    ``exp(logits - largest)``, 0 where all classes are out. Beside large logits the
+    digits of the second are lost.
     """
     top = place.largest(logits.max(axis=-1))
     top = jnp.where(jnp.isfinite(top), top, 0)
-    return top, jnp.log(place.add(jnp.exp(logits - top[:, None]).sum(axis=-1)))
+    total = place.add(jnp.exp(logits - top[:, None]).sum(axis=-1))
+    return top, jnp.log(jnp.where(total == 0, 1, total))
 
 
 def log_probs_of(logits: jax.Array, top: jax.Array, log_sum: jax.Array) -> jax.Array:

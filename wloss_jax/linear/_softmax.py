@@ -21,6 +21,7 @@ from wloss_jax.linear._classes import (
     score_of_label,
 )
 from wloss_jax.linear._logits import Arrays, Place
+from wloss_jax.losses._classes import constant_where_out
 from wloss_jax.losses._labels import nan_unless_class
 
 
@@ -56,11 +57,16 @@ class Softmax:
         """Logits after the soft cap, over the temperature; -infinity is out."""
         softcap = self.option("softcap", shared)
         temperature = self.option("temperature", shared)
+        is_out = logits == -jnp.inf
+        if softcap is not None or temperature is not None:
+            # The slope by a traced option, too, must not meet infinity.
+            logits = jnp.where(is_out, 0, logits)
         if softcap is not None:
-            capped = softcap * jnp.tanh(logits / softcap)
-            logits = jnp.where(logits == -jnp.inf, -jnp.inf, capped)
+            logits = softcap * jnp.tanh(logits / softcap)
         if temperature is not None:
             logits = logits / temperature
+        if softcap is not None or temperature is not None:
+            logits = jnp.where(is_out, -jnp.inf, logits)
         if self.class_mask is not None:
             mask = (shared if self.class_mask == "shared" else arrays)[-1]
             logits = jnp.where(jnp.broadcast_to(mask, logits.shape), logits, -jnp.inf)
@@ -108,12 +114,12 @@ class CrossEntropy(Softmax):
         logits = self.bounded(logits, arrays, shared)
         top, log_sum = log_sum_exp(logits, place)
         score = score_of_label(logits, arrays[0], place) - top
-        target, residuals = score, [top, log_sum]
+        target, residuals = _finite(score), [top, log_sum]
         if smoothing is not None:
             count, mean = mean_of_classes(logits, top, place)
-            target = (1 - smoothing) * score + smoothing * mean
+            target = (1 - smoothing) * target + smoothing * mean
             residuals.append(count)
-        # A label that is out costs infinity, also where smoothing makes inf - inf.
+        # A label that is out costs infinity, and has no slope by any option.
         loss = jnp.where(score == -jnp.inf, jnp.inf, log_sum - target)
         if z_loss is not None:
             loss += z_loss * (top + log_sum) ** 2
@@ -174,17 +180,17 @@ class SoftCrossEntropy(Softmax):
         smoothing = self.option("label_smoothing", shared)
         z_loss = self.option("z_loss", shared)
         logits = self.bounded(logits, arrays, shared)
-        labels = arrays[0].astype(logits.dtype)
+        labels = constant_where_out(arrays[0].astype(logits.dtype), logits)
         top, log_sum = log_sum_exp(logits, place)
         # 0 log 0 is 0; a class that is out, of a probability above 0, costs infinity.
         gone = (logits == -jnp.inf) & (labels == 0)
-        scores = jnp.where(gone, 0, labels * (logits - top[:, None]))
+        scores = labels * jnp.where(gone, 0, logits - top[:, None])
         score = place.add(scores.sum(axis=-1))
         mass = place.add(labels.sum(axis=-1))
-        target, residuals = score, [top, log_sum, mass]
+        target, residuals = _finite(score), [top, log_sum, mass]
         if smoothing is not None:
             count, mean = mean_of_classes(logits, top, place)
-            target = (1 - smoothing) * score + smoothing * mean
+            target = (1 - smoothing) * target + smoothing * mean
             mass = (1 - smoothing) * mass + smoothing
             residuals.append(count)
         loss = jnp.where(score == -jnp.inf, jnp.inf, mass * log_sum - target)
@@ -270,3 +276,8 @@ class LogProbs(Softmax):
         slope = jnp.where(logits == -jnp.inf, 0, -jnp.exp(log_probs) * factor)
         slope = add_to_label(slope, of_label, logits, arrays[0], place)
         return self.by_logits(slope, logits, shared)
+
+
+def _finite(score: jax.Array) -> jax.Array:
+    """The score of a label, and 0 where the label is out."""
+    return jnp.where(score == -jnp.inf, 0, score)

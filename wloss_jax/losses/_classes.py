@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 
 from wloss_jax._checks import check_array, check_value
 from wloss_jax.losses._masked import Axis, event_last
-from wloss_jax.masks import make_safe
+from wloss_jax.masks import make_safe, select
 
 
 def classes_last(
@@ -75,6 +75,15 @@ def finite_unless_due(log_probs: jax.Array, shares: jax.Array) -> jax.Array:
     So ``share * log_prob`` is 0 there; where the share is another it is infinite.
     """
     return make_safe(log_probs, (shares != 0) | (log_probs != -math.inf))
+
+
+def constant_where_out(shares: jax.Array, logits: jax.Array) -> jax.Array:
+    """Makes constants of the shares of classes that are out.
+
+    Where such a share is not 0 the loss is infinity, and so is its slope by the share:
+    0 times that, in the gradient of a label or of traced smoothing, would be NaN.
+    """
+    return select(logits != -math.inf, shares, jax.lax.stop_gradient(shares))
 
 
 def infinite_where_out(loss: jax.Array, score: jax.Array) -> jax.Array:

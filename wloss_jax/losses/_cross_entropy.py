@@ -18,6 +18,7 @@ from wloss_jax._checks import (
 )
 from wloss_jax.losses._classes import (
     classes_last,
+    constant_where_out,
     finite_unless_due,
     infinite_where_out,
     log_normalizer,
@@ -102,9 +103,12 @@ def _softmax_cross_entropy(
     label_smoothing: Option = 0.0,
     class_weights: jax.Array | None = None,
 ) -> jax.Array:
+    labels = constant_where_out(labels, logits)
     if not is_zero(label_smoothing):
         share = label_smoothing * share_of_classes(logits)
-        labels = (1 - label_smoothing) * labels + share
+        smoothed = (1 - label_smoothing) * labels + share
+        # A label that is out costs infinity, also where nothing is left of it.
+        labels = jnp.where(logits != -math.inf, smoothed, labels)
     if class_weights is not None:
         scales = of_classes(class_weights, logits)
         labels = make_safe(labels * scales, scales != 0)
@@ -237,7 +241,7 @@ def _integer_cross_entropy(
     shift, log_total = log_normalizer(logits)
     lse = shift + log_total
     score = score_of_label(logits, labels)
-    target = score
+    target = make_safe(score, score != -math.inf)
     if not is_zero(label_smoothing):
         target += label_smoothing * (mean_of_classes(logits) - target)
     loss = infinite_where_out(lse - target, score)
@@ -334,6 +338,7 @@ def poly_loss_cross_entropy(
 def _poly_loss_cross_entropy(
     logits: jax.Array, labels: jax.Array, *, epsilon: Option
 ) -> jax.Array:
+    labels = constant_where_out(labels, logits)
     log_probs = log_probabilities(logits)
     missed = (labels * (1 - jnp.exp(log_probs))).sum(axis=-1)
     return _expected_cost(log_probs, labels) + epsilon * missed

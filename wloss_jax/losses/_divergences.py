@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 
 from wloss_jax.losses._classes import (
     classes_last,
+    constant_where_out,
     finite_unless_due,
     infinite_where_out,
 )
@@ -67,6 +68,7 @@ def kl_divergence(
 
 
 def _kl_divergence(log_predictions: jax.Array, targets: jax.Array) -> jax.Array:
+    targets = constant_where_out(targets, log_predictions)
     log_targets = jnp.log(make_safe(targets, targets != 0, 1))
     distances = log_targets - finite_unless_due(log_predictions, targets)
     cost = (targets * distances).sum(axis=-1)
@@ -117,10 +119,11 @@ def kl_divergence_with_log_targets(
 def _kl_divergence_with_log_targets(
     log_predictions: jax.Array, log_targets: jax.Array
 ) -> jax.Array:
+    log_targets = constant_where_out(log_targets, log_predictions)
     targets = jnp.exp(log_targets)
     # Of a target of 0, no logarithm counts.
-    terms = make_safe(targets * (log_targets - log_predictions), targets != 0)
-    cost = terms.sum(axis=-1)
+    distances = make_safe(log_targets - log_predictions, targets != 0)
+    cost = (targets * distances).sum(axis=-1)
     return infinite_where_out(not_below_zero(cost), -cost)
 
 
@@ -166,5 +169,6 @@ def generalized_kl_divergence(
 def _generalized_kl_divergence(
     log_predictions: jax.Array, targets: jax.Array
 ) -> jax.Array:
+    targets = constant_where_out(targets, log_predictions)
     masses = (jnp.exp(log_predictions) - targets).sum(axis=-1)
     return not_below_zero(_kl_divergence(log_predictions, targets) + masses)
