@@ -13,10 +13,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Literal
 
 from wloss_jax._checks import check_value
-from wloss_jax._parts import is_mean, used_inputs, weight_indices
+from wloss_jax._jaxprs import used_inputs, written_out
+from wloss_jax._parts import is_mean, weight_indices
 
 PyTree = Any
 Place = int | None  # the axis that is the batch, if any
@@ -162,24 +162,9 @@ def _fixed_weights(parts_of: Callable[[Any], PyTree], batch: Any) -> dict[int, f
     """The weights that are written out, of totals that see the batch, by index."""
     closed, parts = jax.make_jaxpr(parts_of, return_shape=True)(batch)
     jaxpr = closed.jaxpr
-    weights = {i: _written_out(jaxpr, i) for i in weight_indices(parts)}
+    weights = {i: written_out(jaxpr, i) for i in weight_indices(parts)}
     return {
         i: weight
         for i, weight in weights.items()
         if weight is not None and any(used_inputs(jaxpr, i - 1))
     }
-
-
-def _written_out(jaxpr: Any, index: int) -> float | None:
-    """The number that an output is, if it is written out in the program.
-
-    jax 0.12 traces a jit in a jit as an operation, which it takes apart later.
-    """
-    output = jaxpr.outvars[index]
-    if isinstance(output, Literal):
-        return float(output.val)
-    for equation in jaxpr.eqns:
-        if equation.primitive.name in ("jit", "pjit") and output in equation.outvars:
-            inner = equation.params["jaxpr"].jaxpr
-            return _written_out(inner, equation.outvars.index(output))
-    return None
