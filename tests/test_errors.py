@@ -5,6 +5,7 @@ the last line of its traceback reads, and that it says the mend.
 """
 
 import inspect
+import json
 import math
 import operator
 import traceback
@@ -35,7 +36,7 @@ HABITS = {
 
 def last_line(call):
     """The last line that a traceback of the error would show."""
-    with pytest.raises((TypeError, ValueError)) as caught:
+    with pytest.raises((TypeError, ValueError, NameError)) as caught:
         call()
     lines = "".join(traceback.format_exception(caught.value)).splitlines()
     return lines[-1].partition(": ")[2]
@@ -166,6 +167,22 @@ def test_a_gradient_of_a_mean_names_what_takes_it(call):
     assert "`wloss_jax.value_and_grad`" in line
 
 
+@pytest.mark.parametrize("mean", [M, RUNNING], ids=["mean", "running mean"])
+def test_json_is_told_how_to_write_a_mean(mean):
+    for call in (
+        lambda: json.dumps(mean),
+        lambda: json.dumps({"step": 3, "loss": [mean]}, indent=1),
+        lambda: json.JSONEncoder().encode(mean),
+    ):
+        line = last_line(call)
+        assert line.startswith(f"`{type(mean).__name__}` is no number that JSON can")
+        assert "`float(m)`" in line
+    assert json.dumps(float(mean)) == "2.5"
+    assert mean.__class__ is type(mean)
+    assert isinstance(mean, type(mean))
+    assert not isinstance(mean, dict)
+
+
 # ----------------------------------------------------------------- the last line
 
 
@@ -203,6 +220,60 @@ LINES = {
         lambda: wl.softmax_cross_entropy_with_integer_labels(X, X),
     ),
     "an option": ("`delta` must be", lambda: wl.huber_loss(X, X, delta=-1.0)),
+    "a missing array": ("`targets` is missing", lambda: wl.absolute_error(X)),
+    "all arrays missing": ("`logits` is missing", wl.softmax_z_loss),
+    "an option without a default": (
+        "`power` is missing",
+        lambda: wl.masked(lambda x, *, power: x**power)(X),
+    ),
+    "missing labels of a linear loss": (
+        "`labels` is missing",
+        lambda: wl.linear_softmax_cross_entropy(X, X.T),
+    ),
+    "a missing kernel": ("`kernel` is missing", lambda: wl.linear_masked(jnp.sum)(X)),
+    "another library's name": (
+        "`target` is no argument here: by position come predictions, targets",
+        lambda: wl.absolute_error(X, target=X),
+    ),
+    "rows by keyword": (
+        "`labels` is no argument here: by position come features, kernel, *arrays",
+        lambda: wl.linear_masked(jnp.sum)(X, X.T, labels=X),
+    ),
+    "no array, of several lines": (
+        "`predictions` must be an array of numbers; got a `dict`.",
+        lambda: wl.absolute_error({"x": X}, X),
+    ),
+    "strings": (
+        "`predictions` must be an array of numbers; got one of dtype <U1",
+        lambda: wl.absolute_error(np.array(["a"]), X),
+    ),
+    "objects as targets": (
+        "`targets` must be an array of numbers; got one of dtype object",
+        lambda: wl.absolute_error(X, np.array([None])),
+    ),
+    "strings as an option": (
+        "`delta` must be an array of numbers; got one of dtype <U1",
+        lambda: wl.huber_loss(X, X, delta=np.array("a")),
+    ),
+    "an axis that is not there": (
+        "`axis` is 2, and there are 2 axes",
+        lambda: wl.softmax_cross_entropy(X, X, axis=2),
+    ),
+    "an axis that comes twice": (
+        "`axis` is (1, -1), and there are 2 axes",
+        lambda: wl.kl_divergence(X, X, axis=(1, -1)),
+    ),
+    "an axis of a merge": ("`axis` is 0, and there are 0 axes", lambda: M.merge(0)),
+    "an axis that is not mapped": (
+        "`vocab_axis_name` 'v' is not mapped here",
+        lambda: wl.linear_log_probs(X, X.T, np.zeros(B, int), vocab_axis_name="v"),
+    ),
+    "a sum of means": ("`axis_name` 'i' is not mapped here", lambda: M.psum("i")),
+    "a loss of two values": (
+        f"`loss_fn` must return one floating value for each token, [n] for logits "
+        f"[n, V]; for n = 3 and V = {B} it returned tuple",
+        lambda: wl.linear_masked(lambda x: (x, x))(X, X.T),
+    ),
 }
 
 

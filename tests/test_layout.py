@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 import statistics
 
 import pytest
@@ -28,6 +29,7 @@ ORDER = [
     "heads",
     "losses",
     "linear",
+    "_jaxprs",
     "_parts",
     "_places",
     "_rows",
@@ -131,6 +133,28 @@ def test_only_the_flax_module_imports_flax():
         )
     }
     assert importers == {"nnx"}
+
+
+def test_less_public_modules_of_jax_stand_in_two_files():
+    """What JAX may move is in one room for primitives, and in one for programs."""
+    found = {
+        module: {
+            ast.unparse(node)
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Attribute | ast.ImportFrom)
+            and re.match(
+                r"(from )?(jax\.(interpreters|extend|_src|core)|jaxlib)\b",
+                ast.unparse(node),
+            )
+        }
+        for module, path in MODULES.items()
+    }
+    # To ask whether something is traced is as public as it gets.
+    public = {"jax.core", "jax.core.Tracer"}
+    assert {module for module, uses in found.items() if uses - public} == {
+        "_jaxprs",
+        "linear._primitives",
+    }
 
 
 def test_modules_fit_on_a_few_screens():

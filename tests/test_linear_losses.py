@@ -998,6 +998,58 @@ def test_options_may_be_traced():
     assert_close(mapped, np.array(one_by_one))
 
 
+def test_gradients_by_options_know_no_class_that_is_out():
+    """Of an infinity over an option, the derivative by the option would be NaN."""
+    arrays, out = data(), np.arange(data()["kernel"].shape[1]) == 2
+    bias = jnp.where(out, -jnp.inf, 0.0)
+    labels = jnp.where(arrays["labels"] == 2, 3, arrays["labels"])
+    x, kernel = np.float64(arrays["features"]), np.float64(arrays["kernel"])[:, ~out]
+    tokens = list(zip(*np.nonzero(arrays["where"]), strict=True))
+
+    def expected(softcap, temperature):
+        means = []
+        for token in tokens:
+            logits = softcap * np.tanh(x[token] @ kernel / softcap) / temperature
+            log_probs = logits - np.log(np.exp(logits).sum())
+            own = int(labels[token])
+            means += [log_probs[own - (own > 2)] - (np.exp(log_probs) @ log_probs)]
+        return np.mean(means)
+
+    @jax.jit
+    def slopes(softcap, temperature):
+        def of_log_probs(softcap, temperature):
+            log_probs, entropies = wl.linear_log_probs(
+                *parts_of(arrays)[:2], labels, bias=bias, where=arrays["where"],
+                softcap=softcap, temperature=temperature, with_entropy=True,
+            )  # fmt: skip
+            return (log_probs + entropies).sum() / len(tokens)
+
+        def of_loss(softcap):
+            return -wl.linear_softmax_cross_entropy(
+                *parts_of(arrays)[:2], labels, bias=bias, where=arrays["where"],
+                softcap=softcap,
+            ).compute()  # fmt: skip
+
+        one = (jnp.ones_like(softcap),)
+        return (
+            *jax.grad(of_log_probs, (0, 1))(softcap, temperature),
+            *(jax.jvp(of_loss, (softcap,), one)[1], jax.grad(of_loss)(softcap)),
+        )
+
+    by_softcap, by_temperature, forward, reverse = slopes(2.0, 0.7)
+    h = 1e-5
+    np.testing.assert_allclose(
+        (by_softcap, by_temperature),
+        (
+            (expected(2 + h, 0.7) - expected(2 - h, 0.7)) / (2 * h),
+            (expected(2, 0.7 + h) - expected(2, 0.7 - h)) / (2 * h),
+        ),
+        rtol=2e-5,  # sums of float32 terms of both signs
+    )
+    assert np.isfinite(forward)
+    np.testing.assert_allclose(forward, reverse, rtol=2e-5)
+
+
 def test_a_scheduled_option_is_not_compiled_anew():
     traces = []
 

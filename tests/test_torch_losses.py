@@ -292,6 +292,43 @@ def test_the_factor_of_yes_may_be_one_for_each_class():
     np.testing.assert_allclose(slopes[0], [[-0.75, 0], [0, 0]])
 
 
+@pytest.mark.parametrize("shape", [(2,), (3, 2), (2, 3, 2)])
+def test_the_factor_of_yes_may_be_one_for_each_of_the_last_axes(shape):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(2, 3, 2))
+    labels = rng.integers(0, 2, (2, 3, 2))
+    where = np.array([[True, True, False], [True, False, False]])
+    factors = rng.uniform(0.5, 2, shape)
+    given = factors.astype(np.float32)
+    if shape == logits.shape:  # what is masked may hold anything
+        given[~where] = np.nan
+    each = np.broadcast_to(factors, logits.shape)
+    counted = (array[where].flat for array in (logits, labels, each))
+    terms = [
+        c * y * np.log1p(np.exp(-x)) + (1 - y) * np.log1p(np.exp(x))
+        for x, y, c in zip(*counted, strict=True)
+    ]
+    value, slope = jax.value_and_grad(
+        lambda x: wl.sigmoid_binary_cross_entropy(
+            x, labels, pos_weight=given, where=where
+        ).compute()
+    )(np.float32(logits))
+    np.testing.assert_allclose(value, np.mean(terms), rtol=1e-6)
+    yes, no = (1 / (1 + np.exp(sign * logits)) for sign in (1, -1))
+    expected = (-each * labels * yes + (1 - labels) * no) / len(terms)
+    # Sigmoids near 0 are differences of numbers near 1.
+    np.testing.assert_allclose(slope, expected * where[..., None], rtol=1e-5, atol=1e-7)
+
+
+def test_the_factor_of_yes_is_broadcast_over_no_axis_of_1():
+    logits = np.zeros((3, 2), np.float32)
+    for shape in ((3, 1), (1, 2), (3,), (1, 3, 2)):
+        with pytest.raises(ValueError, match="`pos_weight` has shape"):
+            wl.sigmoid_binary_cross_entropy(
+                logits, logits, pos_weight=np.ones(shape, np.float32)
+            )
+
+
 def test_a_class_of_weight_0_has_no_term():
     weights = np.float32([2, 0])
     logits, labels = jnp.array([[0.0, np.nan]]), jnp.array([[1.0, np.nan]])

@@ -60,6 +60,20 @@ def without_arithmetic(instead: str) -> Callable[[_Class], _Class]:
     return decorate
 
 
+class NotForJson:
+    """A base class that says what to write instead of it where `json` is at a loss."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        # `json` looks at the class of what it cannot write, to say so in its error.
+        if sys._getframe(1).f_globals.get("__name__") == "json.encoder":
+            raise ArgumentTypeError(
+                f"`{type(self).__name__}` is no number that JSON can hold: `float(m)` "
+                "is its mean, a Python number."
+            )
+        return type(self)
+
+
 _INSTEAD: dict[type, str] = {}
 
 

@@ -47,6 +47,10 @@ class ArgumentTypeError(_ArgumentError, TypeError):
     """An argument of the wrong type or dtype."""
 
 
+class ArgumentNameError(_ArgumentError, NameError):
+    """The name of an axis that is not mapped."""
+
+
 # What to say after the name; a function where saying it takes time.
 Rest = str | Callable[[], str]
 
@@ -180,7 +184,13 @@ def _not_numeric(value: object) -> str:
         )
     if isinstance(value, np.ndarray | np.generic | jax.Array):
         return f"must be an array of numbers; got one of dtype {dtype}."
-    return f"must be an array of numbers; got {kind}: {value!r}."
+    came = repr(value)
+    if len(came) > _LONG or "\n" in came:  # what is long would be the last line alone
+        return f"must be an array of numbers; got a `{kind}`."
+    return f"must be an array of numbers; got {kind}: {came}."
+
+
+_LONG = 80
 
 
 def widen(integers: jax.Array) -> jax.Array:
@@ -314,11 +324,21 @@ def check_label(name: str, value: object) -> int:
     return int(cast(int, value))
 
 
-def check_axis(name: str, value: object) -> None:
-    """Checks an axis, a tuple of them, or None."""
+def check_axis(name: str, value: object, ndim: int) -> None:
+    """Checks an axis of an array of ``ndim`` axes, a tuple of them, or None."""
     axes = value if isinstance(value, tuple) else (value,)
     check_type(
         name,
         value is None or all(map(is_integer, axes)),
         f"must be an integer or a tuple of them; got {value!r}.",
+    )
+    if value is None:
+        return
+    places = [cast(int, axis) % max(ndim, 1) for axis in axes]
+    check_value(
+        name,
+        all(-ndim <= cast(int, axis) < ndim for axis in axes)
+        and len(set(places)) == len(places),
+        f"is {value!r}, and there are {ndim} axes: each must be one of them, and none "
+        "may come twice.",
     )

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from wloss_jax._checks import check_numeric, check_type
+from wloss_jax._checks import ArgumentNameError, check_numeric, check_type
 from wloss_jax._keywords import check_keywords
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -55,21 +55,29 @@ def compiled_by_option(function: _Function) -> _Function:
         anywhere = on_auto_axes(function)
         return jax.jit(anywhere, static_argnames=static, inline=True)
 
+    @functools.cache
+    def names_of(count: int, keywords: tuple[str, ...]) -> tuple[str, ...]:
+        """The names of what comes, checked once for each way of calling."""
+        check_keywords(signature, keywords, count)
+        return (*names[:count], *keywords)
+
     @functools.wraps(function)
     def compiled(*args: Any, **kwargs: Any) -> Any:
-        check_keywords(signature, kwargs, args)
-        given = dict(zip(names, args, strict=False)) | kwargs
-        others = {k: v for k, v in given.items() if not isinstance(v, _ARRAYS)}
-        for name, value in others.items():
-            if name in options:
+        given = names_of(len(args), tuple(kwargs))
+        static = []
+        for name, value in zip(given, (*args, *kwargs.values()), strict=True):
+            if isinstance(value, jax.Array):
+                continue
+            if name in options and not isinstance(value, np.ndarray):
                 check_type(
                     name,
                     isinstance(value, _STATIC),
                     f"must be a number, a switch or a traced scalar; got {value!r}.",
                 )
+                static.append(name)
             elif value is not None:
                 check_numeric(name, value)
-        return jitted(tuple(k for k in others if k in options))(*args, **kwargs)
+        return jitted(tuple(static))(*args, **kwargs)
 
     _COMPILED.add(compiled)
     return cast(_Function, compiled)
@@ -86,7 +94,6 @@ _DATA = (
     *("bias", "class_weights", "class_mask"),
 )
 _STATIC = (bool, int, float, str, tuple, np.generic, type(None))
-_ARRAYS = (np.ndarray, jax.Array)
 
 
 def explicit_mesh(tree: Any) -> jax.sharding.AbstractMesh | None:
@@ -208,7 +215,7 @@ def check_mapped(option: str, axis_name: AxisName) -> None:
         try:
             jax.lax.axis_size(name)
         except NameError as error:
-            raise NameError(
+            raise ArgumentNameError(
                 f"`{option}` {name!r} is not mapped here: call the function inside "
                 f"`jax.shard_map` or `jax.pmap` over that axis, or leave `{option}` "
                 "out under plain `jax.jit`, where sharded arrays need none."

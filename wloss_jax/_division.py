@@ -32,8 +32,11 @@ def divide(total: jax.Array, weight: jax.Array, empty: ArrayLike) -> jax.Array:
             f"has shape {empty.shape}, and the mean {total.shape}: pass a number, or "
             "one for each mean.",
         )
-    is_traced = isinstance(total, jax.core.Tracer)
-    return (_divide if is_traced else _divide_compiled)(total, weight, empty)
+    if isinstance(total, jax.core.Tracer):
+        return _divide(total, weight, empty)
+    if type(empty) is float and empty == 0:  # a number would be sent to the device
+        return _divide_or_zero(total, weight)
+    return _divide_compiled(total, weight, empty)
 
 
 def _divide(total: jax.Array, weight: jax.Array, empty: ArrayLike) -> jax.Array:
@@ -57,6 +60,11 @@ def _divide(total: jax.Array, weight: jax.Array, empty: ArrayLike) -> jax.Array:
 
 
 _divide_compiled = jit_compiled()(_divide)
+
+
+@jit_compiled()
+def _divide_or_zero(total: jax.Array, weight: jax.Array) -> jax.Array:
+    return _divide(total, weight, 0.0)
 
 
 @jit_compiled()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar, cast
 
 from wloss_jax._checks import ArgumentTypeError
@@ -13,39 +13,36 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def check_keywords(
-    signature: inspect.Signature,
-    keywords: Mapping[str, Any],
-    arrays: Sequence[Any] = (),
+    signature: inspect.Signature, keywords: Collection[str], count: int = 0
 ) -> None:
     """Checks that there are such keywords; names ours for those of other libraries.
 
-    And that no more ``arrays`` come by position than there are.
+    And that no more than there are come by position, of which there are ``count``, and
+    that none is missing.
     """
-    parameters = signature.parameters
+    parameters = list(signature.parameters.values())
     for name in keywords:
-        if name not in parameters:
-            _refuse_keyword(signature, name)
-    last = list(parameters.values())[: len(arrays)][-1:]
-    if len(arrays) > len(parameters) or (last and last[0].kind not in _POSITIONAL):
-        _refuse_positional(signature, arrays)
-
-
-def _refuse_keyword(signature: inspect.Signature, name: str) -> None:
-    parameters = signature.parameters.values()
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-        mend = _HABITS.get(name, f"the keywords are {_by_keyword(signature)}.")
-        raise ArgumentTypeError(f"`{name}` is no argument here: {mend}")
-
-
-def _refuse_positional(signature: inspect.Signature, arrays: Sequence[Any]) -> None:
-    parameters = signature.parameters.values()
-    if not any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        names = [p.name for p in parameters if p.kind in _POSITIONAL]
+        if name not in signature.parameters:
+            _refuse_keyword(parameters, name)
+    by_position = [p for p in parameters if p.kind in _POSITIONAL]
+    takes_any = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    if count > len(by_position) and not takes_any:
+        names = [p.name for p in by_position]
         raise ArgumentTypeError(
             f"`{', '.join(names)}` are the positional arguments, {len(names)}; got "
-            f"{len(arrays)}. What comes after them goes by keyword: "
-            f"{_by_keyword(signature)}."
+            f"{count}. What comes after them goes by keyword: "
+            f"{_by_keyword(parameters)}."
         )
+    for p in [*by_position[count:], *parameters[len(by_position) :]]:
+        is_one = p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        if is_one and p.default is p.empty and p.name not in keywords:
+            raise ArgumentTypeError(f"`{p.name}` is missing: {_arguments(parameters)}")
+
+
+def _refuse_keyword(parameters: list[inspect.Parameter], name: str) -> None:
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        mend = _HABITS.get(name, _arguments(parameters))
+        raise ArgumentTypeError(f"`{name}` is no argument here: {mend}")
 
 
 def keywords_checked(function: _Function) -> _Function:
@@ -54,7 +51,7 @@ def keywords_checked(function: _Function) -> _Function:
 
     @functools.wraps(function)
     def checked(*args: Any, **keywords: Any) -> Any:
-        check_keywords(signature, keywords, args)
+        check_keywords(signature, keywords, len(args))
         return function(*args, **keywords)
 
     return cast(_Function, checked)
@@ -66,9 +63,22 @@ _POSITIONAL = (
 )
 
 
-def _by_keyword(signature: inspect.Signature) -> str:
-    parameters = signature.parameters.values()
+def _by_keyword(parameters: list[inspect.Parameter]) -> str:
     return ", ".join(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+
+
+def _arguments(parameters: list[inspect.Parameter]) -> str:
+    """Says what a function takes."""
+    kinds = (*_POSITIONAL, inspect.Parameter.VAR_POSITIONAL)
+    names = [
+        f"*{p.name}" if p.kind is p.VAR_POSITIONAL else p.name
+        for p in parameters
+        if p.kind in kinds
+    ]
+    return (
+        f"by position come {', '.join(names)}; the keywords are "
+        f"{_by_keyword(parameters)}."
+    )
 
 
 _WHERE = "which elements count is said by `where`, bool, True for those that do."

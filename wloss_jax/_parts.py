@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.interpreters import partial_eval
 from jax.typing import ArrayLike
 
 from wloss_jax._checks import (
@@ -26,6 +25,7 @@ from wloss_jax._checks import (
     check_value,
 )
 from wloss_jax._devices import unsharded_rows
+from wloss_jax._jaxprs import used_inputs
 from wloss_jax.means import WeightedMean
 
 PyTree = Any
@@ -110,13 +110,6 @@ def needed(
     """
     jaxpr = jax.make_jaxpr(function)(shapes).jaxpr
     return used_inputs(jaxpr, *range(len(jaxpr.outvars)))
-
-
-def used_inputs(jaxpr: Any, *outputs: int) -> list[bool]:
-    """Which inputs of a traced function these ``outputs`` depend on."""
-    wanted = [i in outputs for i in range(len(jaxpr.outvars))]
-    _, used = partial_eval.dce_jaxpr(jaxpr, wanted)
-    return list(used)
 
 
 def _check_loss(value: Any) -> jax.Array:

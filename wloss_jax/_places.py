@@ -13,11 +13,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.extend.core import Literal
 
 from wloss_jax._checks import check_value
-from wloss_jax._parts import is_mean, used_inputs, weight_indices
+from wloss_jax._jaxprs import used_inputs, written_out
+from wloss_jax._parts import is_mean, weight_indices
 
 PyTree = Any
 Place = int | None  # the axis that is the batch, if any
@@ -163,41 +162,10 @@ def _fixed_weights(parts_of: Callable[[Any], PyTree], batch: Any) -> dict[int, f
     """The weights that are written out, of totals that see the batch, by index."""
     closed, parts = jax.make_jaxpr(parts_of, return_shape=True)(batch)
     weights = {
-        i: _written_out(closed, closed.jaxpr.outvars[i]) for i in weight_indices(parts)
+        i: written_out(closed, closed.jaxpr.outvars[i]) for i in weight_indices(parts)
     }
     return {
         i: weight
         for i, weight in weights.items()
         if weight is not None and any(used_inputs(closed.jaxpr, i - 1))
     }
-
-
-def _written_out(closed: Any, variable: Any) -> float | None:
-    """The number that a variable is, all of it, if it is written out in the program.
-
-    jax 0.12 traces a jit in a jit as an operation, which it takes apart later.
-    """
-    if isinstance(variable, Literal):
-        return _number(variable.val)
-    known = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
-    if variable in known:
-        return _number(known[variable])
-    for equation in closed.jaxpr.eqns:
-        if variable not in equation.outvars:
-            continue
-        name = equation.primitive.name
-        if name in ("jit", "pjit"):
-            inner = equation.params["jaxpr"]
-            output = inner.jaxpr.outvars[equation.outvars.index(variable)]
-            return _written_out(inner, output)
-        if name in ("broadcast_in_dim", "convert_element_type"):
-            return _written_out(closed, equation.invars[0])
-    return None
-
-
-def _number(constant: Any) -> float | None:
-    """The number that all entries of a constant are; traced, it is not known."""
-    if isinstance(constant, jax.core.Tracer):
-        return None
-    numbers = np.unique(np.asarray(constant, np.float64))
-    return float(numbers[0]) if numbers.size == 1 else None

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from wloss_jax._arithmetic import refuse, without_arithmetic
+from wloss_jax._arithmetic import NotForJson, refuse, without_arithmetic
 from wloss_jax._checks import (
     check_array,
     check_axis,
@@ -42,7 +42,7 @@ from wloss_jax._division import divide, size_and_loss, weigh
 )
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, eq=False, repr=False, init=False)
-class WeightedMean:
+class WeightedMean(NotForJson):
     """Holds a weighted sum and the sum of its weights, still apart.
 
     ``mean = total / weight``
@@ -113,7 +113,7 @@ class WeightedMean:
           axis: the axis or axes to add up.
 
         Raises:
-          AssertionError: ``axis`` is no integer, tuple of them, or None.
+          AssertionError: ``axis`` is no axis of it, tuple of them, or None.
 
         Example:
           >>> import jax.numpy as jnp
@@ -121,7 +121,9 @@ class WeightedMean:
           >>> wl.WeightedMean(jnp.array([10.0, 5.0]), jnp.array([8.0, 2.0])).merge()
           WeightedMean(mean=1.5, weight=10.0)
         """
-        check_axis("axis", axis)
+        if axis is None:
+            return _merge_all(self)
+        check_axis("axis", axis, self.total.ndim)
         return _merge(self, axis=axis)
 
     def psum(self, axis_name: AxisName) -> WeightedMean:
@@ -218,8 +220,12 @@ class WeightedMean:
         except Exception:  # a pytree of something else than arrays: specs, axes, None
             return f"WeightedMean(total={self.total!r}, weight={self.weight!r})"
 
+    def tree_flatten(self) -> tuple[tuple[Any, Any], None]:
+        """Flattens to ``total`` and ``weight``: what each eager call begins with."""
+        return (self.total, self.weight), None
+
     def tree_flatten_with_keys(self) -> tuple[Any, None]:
-        """Flattens to ``total`` and ``weight``."""
+        """Flattens the same, with the names of the two."""
         return ((_TOTAL, self.total), (_WEIGHT, self.weight)), None
 
     @classmethod
@@ -251,6 +257,11 @@ def _add(a: WeightedMean, b: WeightedMean) -> WeightedMean:
 @jit_compiled("axis")
 def _merge(m: WeightedMean, *, axis: int | tuple[int, ...] | None) -> WeightedMean:
     return WeightedMean(m.total.sum(axis), m.weight.sum(axis))
+
+
+@jit_compiled()
+def _merge_all(m: WeightedMean) -> WeightedMean:
+    return WeightedMean(m.total.sum(), m.weight.sum())
 
 
 @jit_compiled("fn")

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from wloss_jax._arithmetic import without_arithmetic
+from wloss_jax._arithmetic import NotForJson, without_arithmetic
 from wloss_jax._checks import check_type, check_value
 from wloss_jax._devices import (
     jit_compiled,
@@ -31,7 +31,7 @@ from wloss_jax.means import WeightedMean
 )
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class RunningMean:
+class RunningMean(NotForJson):
     """Adds up `WeightedMean`s over any number of steps without losing count.
 
     ``mean = sum_i total_i / sum_i weight_i``

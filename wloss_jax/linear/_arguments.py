@@ -93,15 +93,21 @@ def check_data(
     """Checks what makes the logits; a bias that is not there is 0."""
     features = check_array("features", features, float)
     kernel = check_array("kernel", kernel, float)
-    came = f"`features` has shape {features.shape} and `kernel` {kernel.shape}"
-    due = f"{came}: they must be (..., D) and (D, V)."
-    check_rank("kernel", kernel, [2], f"has shape {kernel.shape}. {due}")
-    has = f"has shape {features.shape}. {due}"
-    check_rank("features", features, range(1, 33), has)
+    due = (
+        f"has shape {kernel.shape} and `features` {features.shape}: they must be "
+        "(D, V) and (..., D)."
+    )
+    check_rank("kernel", kernel, [2], due)
+    check_rank(
+        "features",
+        features,
+        range(1, 33),
+        f"has shape {features.shape}: it must be (..., D).",
+    )
     check_value(
         "kernel",
         features.shape[-1] == kernel.shape[0],
-        f"does not fit. {due} Transpose a kernel of (V, D), an embedding table say.",
+        f"{due} Transpose a kernel of (V, D), an embedding table say.",
     )
     for name, array in (("features", features), ("kernel", kernel)):
         check_known(
@@ -111,7 +117,7 @@ def check_data(
             "known. Export one program for each size, or the loss of logits, "
             "`softmax_cross_entropy_with_integer_labels` say.",
         )
-    check_value("kernel", kernel.size > 0, f"is empty. {due} D and V are at least 1.")
+    check_value("kernel", kernel.size > 0, f"{due} D and V are at least 1.")
     if bias is None:
         bias = jnp.zeros(kernel.shape[1:], jnp.float32)
     bias = check_array("bias", bias, float)

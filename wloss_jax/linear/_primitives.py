@@ -1,7 +1,7 @@
 """Primitives: functions of arrays that are traced when they are lowered.
 
-Only then are the platform and the number of devices known. All that stands on JAX's
-less public modules is in this file:
+Only then are the platform and the number of devices known. With `wloss_jax._jaxprs`,
+all that stands on JAX's less public modules is in this file:
 
 - `jax.extend.core.Primitive`: with ``multiple_results``, its rules for evaluation and
   for types (``def_impl``, ``def_abstract_eval``);

@@ -57,15 +57,14 @@ class Softmax:
         """Logits after the soft cap, over the temperature; -infinity is out."""
         softcap = self.option("softcap", shared)
         temperature = self.option("temperature", shared)
-        is_out = logits == -jnp.inf
         if softcap is not None or temperature is not None:
-            # The slope by a traced option, too, must not meet infinity.
+            # Of infinity over an option, the derivative by that would be NaN.
+            is_out = logits == -jnp.inf
             logits = jnp.where(is_out, 0, logits)
-        if softcap is not None:
-            logits = softcap * jnp.tanh(logits / softcap)
-        if temperature is not None:
-            logits = logits / temperature
-        if softcap is not None or temperature is not None:
+            if softcap is not None:
+                logits = softcap * jnp.tanh(logits / softcap)
+            if temperature is not None:
+                logits = logits / temperature
             logits = jnp.where(is_out, -jnp.inf, logits)
         if self.class_mask is not None:
             mask = (shared if self.class_mask == "shared" else arrays)[-1]

@@ -241,7 +241,7 @@ def _traced(
     # do not fit together would be broadcast.
     some = 3 if num_classes != 3 else 5
     values = jax.eval_shape(loss_fn, *types(some))
-    came = f"returned {values}" if not hasattr(values, "shape") else describe(values)
+    came = describe(values) if hasattr(values, "shape") else type(values).__name__
     due = (
         f"must return one floating value for each token, [n] for logits [n, V]; for "
         f"n = {some} and V = {num_classes} it returned {came}."

@@ -48,8 +48,9 @@ def sigmoid_binary_cross_entropy(
     Args:
       logits: floating ``[...]``; several independent labels make several elements.
       labels: numeric, of the shape of ``logits``: 0 and 1, or probabilities.
-      pos_weight: the factor of label 1, a number or one for each entry of the last
-        axis. It scales the loss and is in no denominator, as in PyTorch.
+      pos_weight: the factor of label 1: a number, one for each entry of the last axis
+        or axes, or one for each logit. It scales the loss and is in no denominator, as
+        in PyTorch.
       **reduction: the keywords of `weighted_mean`.
 
     Example:
@@ -65,24 +66,26 @@ def sigmoid_binary_cross_entropy(
     """
     if pos_weight is None:
         return guarded(elementwise_cross_entropy)(logits, labels, **reduction)
-    if is_traced(pos_weight):
-        pos_weight = check_array("pos_weight", pos_weight)
-        shape = check_array("logits", logits).shape
-        check_value(
-            "pos_weight",
-            pos_weight.shape in ((), shape[-1:]),
-            f"has shape {pos_weight.shape}, and `logits` {shape}: pass a number, or "
-            "one for each entry of the last axis.",
-        )
-    else:
+    loss = guarded(_weighted_cross_entropy, marks_nan=True)
+    if not is_traced(pos_weight):
         check_number("pos_weight", pos_weight, 0)
-    return guarded(_weighted_cross_entropy, marks_nan=True)(
-        logits, labels, pos_weight=pos_weight, **reduction
+        return loss(logits, labels, pos_weight=pos_weight, **reduction)
+    factors = check_array("pos_weight", pos_weight)
+    shape = check_array("logits", logits).shape
+    check_value(
+        "pos_weight",
+        factors.ndim <= len(shape)
+        and factors.shape == shape[len(shape) - factors.ndim :],
+        f"has shape {factors.shape}, and `logits` {shape}: pass a number, one for each "
+        "entry of the last axis or axes, or one for each logit.",
     )
+    if factors.shape == shape:  # as the others, it may hold anything where it is masked
+        return loss(logits, labels, factors, **reduction)
+    return loss(logits, labels, pos_weight=factors, **reduction)
 
 
 def _weighted_cross_entropy(
-    logits: jax.Array, labels: jax.Array, *, pos_weight: Option
+    logits: jax.Array, labels: jax.Array, pos_weight: Option | None = None
 ) -> jax.Array:
     factor = jnp.asarray(pos_weight, logits.dtype)
     labels = labels.astype(logits.dtype)

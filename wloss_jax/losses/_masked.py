@@ -114,7 +114,7 @@ def guarded(
 
     @functools.wraps(loss_fn)
     def masked_loss(*arrays: ArrayLike, **keywords: Any) -> WeightedMean:
-        check_keywords(signature, keywords, arrays)
+        check_keywords(signature, keywords, len(arrays))
         reduction = {k: v for k, v in keywords.items() if k in SHARED}
         options = {k: v for k, v in keywords.items() if k not in SHARED}
         data = _check_data(name_all(names, arrays), arrays, event_ndim)
@@ -278,7 +278,6 @@ def _with_shared_keywords(loss: Callable[..., Any]) -> inspect.Signature:
 
 def event_last(axis: Axis, **arrays: ArrayLike) -> list[jax.Array]:
     """Moves the axes of one event to the end of each array, as one axis."""
-    check_axis("axis", axis)
     checked = {name: check_array(name, array) for name, array in arrays.items()}
     (first_name, first), *others = checked.items()
     for name, array in others:
@@ -294,6 +293,7 @@ def event_last(axis: Axis, **arrays: ArrayLike) -> list[jax.Array]:
         set(range(1, 33)),
         "needs an axis for the classes or components.",
     )
+    check_axis("axis", axis, first.ndim)
     event = tuple(range(first.ndim)) if axis is None else axis
     event = np.lib.array_utils.normalize_axis_tuple(event, first.ndim, argname="axis")
     size = math.prod(first.shape[i] for i in event)
