@@ -314,11 +314,19 @@ def check_label(name: str, value: object) -> int:
     return int(cast(int, value))
 
 
-def check_axis(name: str, value: object) -> None:
-    """Checks an axis, a tuple of them, or None."""
+def check_axis(name: str, value: object, ndim: int) -> None:
+    """Checks an axis of an array of ``ndim``, a tuple of different ones, or None."""
     axes = value if isinstance(value, tuple) else (value,)
     check_type(
         name,
         value is None or all(map(is_integer, axes)),
         f"must be an integer or a tuple of them; got {value!r}.",
     )
+    if value is not None:
+        numbers = [int(cast(int, axis)) for axis in axes]
+        check_value(
+            name,
+            all(-ndim <= axis < ndim for axis in numbers)
+            and len({axis % ndim for axis in numbers}) == len(numbers),
+            f"must be of an array of {ndim} axes, each once; got {value!r}.",
+        )

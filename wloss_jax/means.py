@@ -121,7 +121,7 @@ class WeightedMean:
           >>> wl.WeightedMean(jnp.array([10.0, 5.0]), jnp.array([8.0, 2.0])).merge()
           WeightedMean(mean=1.5, weight=10.0)
         """
-        check_axis("axis", axis)
+        check_axis("axis", axis, self.total.ndim)
         return _merge(self, axis=axis)
 
     def psum(self, axis_name: AxisName) -> WeightedMean:

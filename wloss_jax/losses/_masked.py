@@ -278,7 +278,6 @@ def _with_shared_keywords(loss: Callable[..., Any]) -> inspect.Signature:
 
 def event_last(axis: Axis, **arrays: ArrayLike) -> list[jax.Array]:
     """Moves the axes of one event to the end of each array, as one axis."""
-    check_axis("axis", axis)
     checked = {name: check_array(name, array) for name, array in arrays.items()}
     (first_name, first), *others = checked.items()
     for name, array in others:
@@ -294,6 +293,7 @@ def event_last(axis: Axis, **arrays: ArrayLike) -> list[jax.Array]:
         set(range(1, 33)),
         "needs an axis for the classes or components.",
     )
+    check_axis("axis", axis, first.ndim)
     event = tuple(range(first.ndim)) if axis is None else axis
     event = np.lib.array_utils.normalize_axis_tuple(event, first.ndim, argname="axis")
     size = math.prod(first.shape[i] for i in event)
