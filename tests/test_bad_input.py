@@ -378,6 +378,9 @@ TABLE = {
     "a scheme to one number": ("`fn", lambda: M.reweight(lambda n, x: n.sum())),
     "a scheme to None": ("`fn", lambda: M.reweight(lambda n, x: None)),
     "a power of a string": ("`p`", lambda: wl.size_power("1")),
+    "a power of NaN": ("`p`", lambda: wl.size_power(np.nan)),
+    "a power of infinity": ("`p`", lambda: wl.loss_power(np.inf)),
+    "a power that is a switch": ("`p`", lambda: wl.loss_power(True)),
     "a power of None": ("`p`", lambda: wl.loss_power(None)),
     "the bias of an array": ("`m`", lambda: wl.mean_of_means_bias(FLOATS)),
     # heads
@@ -652,6 +655,12 @@ TABLE = {
         "`axis`",
         lambda: wl.kl_divergence(FLOATS, FLOATS, axis="a"),
     ),
+    "an axis of no event": ("`axis`", lambda: wl.kl_divergence(FLOATS, FLOATS, axis=5)),
+    "an axis twice": (
+        "`axis`",
+        lambda: wl.kl_divergence(FLOATS, FLOATS, axis=(0, -2)),
+    ),
+    "a merge of no axis": ("`axis`", lambda: M.merge(3)),
     "a merge of half an axis": ("`axis`", lambda: M.merge(0.5)),
     "a merge of a string": ("`axis`", lambda: M.merge("batch")),
     "a merge of a list": ("`axis`", lambda: M.merge([0])),
@@ -787,9 +796,6 @@ PYTHONS = {
     # What Python and JAX say themselves, with the name in it.
     "a sum with a number": ("WeightedMean", lambda: M + 1),
     "a sum from a number": ("WeightedMean", lambda: 1 + M),
-    "a merge of no axis": ("axis", lambda: M.merge(3)),
-    "an axis of no event": ("axis", lambda: wl.kl_divergence(FLOATS, FLOATS, axis=5)),
-    "an axis twice": ("axis", lambda: wl.kl_divergence(FLOATS, FLOATS, axis=(0, 0))),
     "an unknown option": ("delta", lambda: loss(FLOATS, FLOATS, delta=1.0)),
     "an unknown option of masked": (
         "odd",

@@ -1163,7 +1163,7 @@ def test_aux_of_a_sharded_vocabulary():
 
 BAD_OPTIONS = {
     "label_smoothing": (2.0, jnp.ones(2), "0.1", np.float32(-0.1)),
-    "z_loss": (np.inf, jnp.ones(2), None),
+    "z_loss": (np.inf, -1e-3, jnp.ones(2), None),
     "softcap": (0.0, -1, jnp.ones((1,))),
     "class_weights": (CLASS_WEIGHTS[:-1], CLASS_WEIGHTS[:, None]),
     "class_mask": (CLASS_WEIGHTS, CLASS_MASK[:-1], np.ones((L, V), bool)),

@@ -132,6 +132,9 @@ def test_a_total_without_a_weight_is_not_empty(total, mean):
     for shown in (m, m.reweight(wl.size_power(0.0)), m + mean_of([0, 0], [0, 0])):
         np.testing.assert_array_equal(shown.compute()[0], mean)
         np.testing.assert_array_equal(shown.compute(empty=7.0)[0], mean)
+    # Weighed anew it shows beside others, where its total would be lost among theirs.
+    merged = m.reweight(wl.size_power(0.0)).merge()
+    np.testing.assert_array_equal(merged.compute(), mean)
     shown = wl.weighted_mean(jnp.array([total, 0.0]), weights=jnp.array([1.0, -1.0]))
     np.testing.assert_array_equal(shown.compute(), mean)
 

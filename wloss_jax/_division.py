@@ -91,6 +91,5 @@ def weigh(
     new_total = total / safe_size * new_weight
     # An entry that a scheme weighs with 0 is not there, be it NaN.
     new_total = jnp.where(new_weight == 0, 0, new_total)
-    # A total without a weight is not empty: it stays, and shows.
-    unweighted = jax.lax.stop_gradient(total)
-    return jnp.where(no_weight, unweighted, new_total), new_weight
+    # A total without a weight is not empty: it shows, beside those of others too.
+    return jnp.where(no_weight, _divide(total, size, 0.0), new_total), new_weight

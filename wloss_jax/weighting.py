@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import jax
 
-from wloss_jax._checks import check_array, check_type, is_traced
+from wloss_jax._checks import check_array, check_number, check_type, is_traced
 from wloss_jax.means import WeightedMean
 
 Scheme = Callable[[jax.Array, jax.Array], jax.Array]
@@ -88,7 +88,9 @@ class _LossPower(_Power):
 
 
 def _check_power(p: float) -> float | jax.Array:
-    check_array("p", p)
+    if is_traced(p):
+        return check_array("p", p)
+    check_number("p", p)
     return p
 
 

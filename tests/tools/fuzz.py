@@ -499,7 +499,7 @@ def draw_data(program, rng):
         weights = draw_weights(rng, shape_of_weights, dtype, dtype == "float16")
         keywords["weights"] = poisoned(rng, weights, ~counts)
         # An element of weight 0 is not there, whatever it holds.
-        valid &= expanded(weights != 0, shape)
+        valid &= expanded(keywords["weights"] != 0, shape)
         counts &= valid
     wrong = None
     # The derivative of plain values does not depend on what they hold.

@@ -44,6 +44,7 @@ _LIMITS: dict[str, dict[str, Any]] = {
     "label_smoothing": {"low": 0, "high": 1},
     "softcap": {"low": 0, "strictly": True},
     "temperature": {"low": 0, "strictly": True},
+    "z_loss": {"low": 0},
 }
 # What an option does nothing at, and is left out at.
 _NEUTRAL = {"label_smoothing": 0.0, "z_loss": 0.0, "temperature": 1.0}

@@ -57,8 +57,10 @@ def masked(
     What a masked position holds changes neither the value nor any gradient, and the
     gradient there is exactly 0, even where ``f`` has none. ``f`` sees the first element
     that counts in its place, so that it never leaves its domain; numbers between 0 and
-    1 where nothing counts at all. Arrays of ``[B, L]`` that ``f`` closes over are not
-    known here, so not made safe: hand them in.
+    1 where nothing counts at all, in an empty microbatch say: if those are outside of
+    its domain, the gradient of a parameter that ``f`` closes over is NaN then. Arrays
+    of ``[B, L]`` that ``f`` closes over are not known here, so not made safe. Hand in
+    either as an array of one number for each element.
 
     Args:
       loss_fn: arrays, positional and of one shape, to the loss of each element. Keyword
