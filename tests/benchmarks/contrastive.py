@@ -34,7 +34,7 @@ def _case(rows: int, width: int, out: int) -> Case:
             OURS: of(ours),
             "GradCache by hand": of(by_hand),
             "microbatches apart, which averages": of(apart),
-            "a mean, without `combine`": of(of_mean),
+            "a mean without `combine`, which averages pairs": of(of_mean),
         },
         "the full batch",
         of(full_batch),
