@@ -179,6 +179,12 @@ def test_a_weight_that_does_not_see_the_size_of_microbatches_is_told():
     run(of_weight(lambda p, b: b["x"].sum()))
     value, grad = run(of_weight(lambda p, b: 1.0), combine=lambda m, p: m.total)
     assert_close((value, grad), (20.0, 10.0))
+    # Nor of rows, each with a weight of its own, that are put together.
+    value, grad = run(
+        lambda p, b: jax.vmap(wl.weighted_mean)(p * b["x"]),
+        combine=lambda m, p: jnp.max(m.compute()),
+    )
+    assert_close((value, grad), (2.0, 1.0))
 
 
 # ---------------------------------------------------------------- what it is given

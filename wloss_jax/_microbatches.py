@@ -171,7 +171,10 @@ class _Loss:
             check_weights(
                 lambda rows: self.evaluate(self.varying, state, rows)[0],
                 [cut.take(batch, 0, rows) for _, _, rows in cut.groups],
-                early,
+                [
+                    flag and place is None
+                    for flag, place in zip(early, places, strict=True)
+                ],
             )
         whole = _fill(early, look(early), map(_zeros, _choose(shapes, late)))
         value, slopes, direct = self._differentiate(treedef, whole)

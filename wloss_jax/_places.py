@@ -143,7 +143,7 @@ def check_weights(
     Args:
       parts_of: makes parts of the rows of a microbatch.
       batches: microbatches of unequal sizes.
-      asked: which arrays of the parts the loss depends on.
+      asked: which arrays of the parts are added up and have a say in the loss.
     """
     first, *others = [_fixed_weights(parts_of, batch) for batch in batches]
     for index, weight in first.items():

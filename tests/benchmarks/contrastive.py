@@ -34,6 +34,7 @@ def _case(rows: int, width: int, out: int) -> Case:
             OURS: of(ours),
             "GradCache by hand": of(by_hand),
             "microbatches apart, which averages": of(apart),
+            "a mean without `combine`, which averages pairs": of(of_mean),
         },
         "the full batch",
         of(full_batch),
@@ -76,6 +77,16 @@ def clip(rows, params):
 def ours(params, batch):
     step = wl.value_and_grad(embed, combine=clip, num_microbatches=MICROBATCHES)
     return step(params, batch)
+
+
+def of_mean(params, batch):
+    """The same towers and microbatches; a pair's loss does not look at the others."""
+
+    def loss_fn(params, batch):
+        rows = embed(params, batch)
+        return wl.weighted_mean((rows["image"] * rows["text"]).sum(1))
+
+    return wl.value_and_grad(loss_fn, num_microbatches=MICROBATCHES)(params, batch)
 
 
 def full_batch(params, batch):
