@@ -220,12 +220,8 @@ class WeightedMean(NotForJson):
         except Exception:  # a pytree of something else than arrays: specs, axes, None
             return f"WeightedMean(total={self.total!r}, weight={self.weight!r})"
 
-    def tree_flatten(self) -> tuple[tuple[Any, Any], None]:
-        """Flattens to ``total`` and ``weight``: what each eager call begins with."""
-        return (self.total, self.weight), None
-
     def tree_flatten_with_keys(self) -> tuple[Any, None]:
-        """Flattens the same, with the names of the two."""
+        """Flattens to ``total`` and ``weight``."""
         return ((_TOTAL, self.total), (_WEIGHT, self.weight)), None
 
     @classmethod
