@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from wloss_jax._sums import sum_over
 from wloss_jax.losses._classes import (
     classes_last,
     finite_unless_due,
@@ -20,7 +21,7 @@ from wloss_jax.losses._masked import (
     not_below_zero,
     public_loss,
 )
-from wloss_jax.masks import make_safe
+from wloss_jax.masks import differs, make_safe
 from wloss_jax.means import WeightedMean
 
 
@@ -67,10 +68,15 @@ def kl_divergence(
 
 
 def _kl_divergence(log_predictions: jax.Array, targets: jax.Array) -> jax.Array:
-    log_targets = jnp.log(make_safe(targets, targets != 0, 1))
+    log_targets = jnp.log(make_safe(targets, differs(targets, 0), 1))
     distances = log_targets - finite_unless_due(log_predictions, targets)
-    cost = (targets * distances).sum(axis=-1)
-    return infinite_where_out(not_below_zero(cost), -cost)
+    return _cost(targets * distances)
+
+
+def _cost(terms: jax.Array) -> jax.Array:
+    """The sum of the terms of each distribution, infinity where one of them is."""
+    cost = sum_over(terms, [terms.ndim - 1])
+    return infinite_where_out(not_below_zero(cost), jax.lax.neg(cost))
 
 
 @public_loss
@@ -118,10 +124,9 @@ def _kl_divergence_with_log_targets(
     log_predictions: jax.Array, log_targets: jax.Array
 ) -> jax.Array:
     targets = jnp.exp(log_targets)
+    terms = targets * (log_targets - log_predictions)
     # Of a target of 0, no logarithm counts.
-    terms = make_safe(targets * (log_targets - log_predictions), targets != 0)
-    cost = terms.sum(axis=-1)
-    return infinite_where_out(not_below_zero(cost), -cost)
+    return _cost(make_safe(terms, differs(targets, 0)))
 
 
 @public_loss
@@ -166,5 +171,6 @@ def generalized_kl_divergence(
 def _generalized_kl_divergence(
     log_predictions: jax.Array, targets: jax.Array
 ) -> jax.Array:
-    masses = (jnp.exp(log_predictions) - targets).sum(axis=-1)
-    return not_below_zero(_kl_divergence(log_predictions, targets) + masses)
+    masses = jnp.exp(log_predictions) - targets
+    divergence = _kl_divergence(log_predictions, targets)
+    return not_below_zero(divergence + sum_over(masses, [masses.ndim - 1]))
