@@ -225,6 +225,12 @@ def select(mask: jax.Array, array: jax.Array, other: jax.Array) -> jax.Array:
     return chosen
 
 
+def differs(array: jax.Array, number: float) -> jax.Array:
+    """Where an array is not this number: `!=`, but one operation, as in `select`."""
+    different: jax.Array = jax.lax.ne(array, jax.lax.full_like(array, number))
+    return different
+
+
 def fill_masked(arrays: list[jax.Array], mask: jax.Array) -> list[jax.Array]:
     """Puts the first element that counts in the place of those that do not.
 

@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 
 from wloss_jax._checks import check_array, check_value
 from wloss_jax.losses._masked import Axis, event_last
-from wloss_jax.masks import make_safe, select
+from wloss_jax.masks import differs, make_safe, select
 
 
 def classes_last(
@@ -74,7 +74,10 @@ def finite_unless_due(log_probs: jax.Array, shares: jax.Array) -> jax.Array:
 
     So ``share * log_prob`` is 0 there; where the share is another it is infinite.
     """
-    return make_safe(log_probs, (shares != 0) | (log_probs != -math.inf))
+    is_due = differs(shares, 0)
+    return make_safe(
+        log_probs, jax.lax.bitwise_or(is_due, differs(log_probs, -math.inf))
+    )
 
 
 def constant_where_out(shares: jax.Array, logits: jax.Array) -> jax.Array:
@@ -88,7 +91,7 @@ def constant_where_out(shares: jax.Array, logits: jax.Array) -> jax.Array:
 
 def infinite_where_out(loss: jax.Array, score: jax.Array) -> jax.Array:
     """The ``loss``, and infinity, a constant, where the label's score is -infinity."""
-    return make_safe(loss, score != -math.inf, math.inf)
+    return make_safe(loss, differs(score, -math.inf), math.inf)
 
 
 def share_of_classes(logits: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from wloss_jax._sums import sum_over
 from wloss_jax.losses._classes import (
     classes_last,
     constant_where_out,
@@ -21,7 +22,7 @@ from wloss_jax.losses._masked import (
     not_below_zero,
     public_loss,
 )
-from wloss_jax.masks import make_safe
+from wloss_jax.masks import differs, make_safe
 from wloss_jax.means import WeightedMean
 
 
@@ -69,10 +70,15 @@ def kl_divergence(
 
 def _kl_divergence(log_predictions: jax.Array, targets: jax.Array) -> jax.Array:
     targets = constant_where_out(targets, log_predictions)
-    log_targets = jnp.log(make_safe(targets, targets != 0, 1))
+    log_targets = jnp.log(make_safe(targets, differs(targets, 0), 1))
     distances = log_targets - finite_unless_due(log_predictions, targets)
-    cost = (targets * distances).sum(axis=-1)
-    return infinite_where_out(not_below_zero(cost), -cost)
+    return _cost(targets * distances)
+
+
+def _cost(terms: jax.Array) -> jax.Array:
+    """The sum of the terms of each distribution, infinity where one of them is."""
+    cost = sum_over(terms, [terms.ndim - 1])
+    return infinite_where_out(not_below_zero(cost), jax.lax.neg(cost))
 
 
 @public_loss
@@ -122,9 +128,8 @@ def _kl_divergence_with_log_targets(
     log_targets = constant_where_out(log_targets, log_predictions)
     targets = jnp.exp(log_targets)
     # Of a target of 0, no logarithm counts.
-    distances = make_safe(log_targets - log_predictions, targets != 0)
-    cost = (targets * distances).sum(axis=-1)
-    return infinite_where_out(not_below_zero(cost), -cost)
+    distances = make_safe(log_targets - log_predictions, differs(targets, 0))
+    return _cost(targets * distances)
 
 
 @public_loss
@@ -170,5 +175,6 @@ def _generalized_kl_divergence(
     log_predictions: jax.Array, targets: jax.Array
 ) -> jax.Array:
     targets = constant_where_out(targets, log_predictions)
-    masses = (jnp.exp(log_predictions) - targets).sum(axis=-1)
-    return not_below_zero(_kl_divergence(log_predictions, targets) + masses)
+    masses = jnp.exp(log_predictions) - targets
+    divergence = _kl_divergence(log_predictions, targets)
+    return not_below_zero(divergence + sum_over(masses, [masses.ndim - 1]))

@@ -38,7 +38,7 @@ from wloss_jax._devices import (
 )
 from wloss_jax._keywords import check_keywords
 from wloss_jax.losses._labels import nan_unless
-from wloss_jax.masks import fill_masked, freeze, make_safe
+from wloss_jax.masks import fill_masked, freeze, select
 from wloss_jax.means import WeightedMean, weighted_mean
 
 __all__ = ["Reduction"]  # for the chapters beside this one
@@ -157,7 +157,8 @@ def guarded(
 
 def _mark_nan(values: jax.Array) -> jax.Array:
     """Multiplies by NaN where a value is NaN, so that its gradient is NaN too."""
-    return values * nan_unless(jax.lax.eq(values, values), values.dtype)
+    is_number = jax.lax.eq(values, values)
+    return jax.lax.mul(values, nan_unless(is_number, values.dtype))
 
 
 def _fill_on_auto_axes(
@@ -249,8 +250,12 @@ def not_below_zero(values: jax.Array) -> jax.Array:
     than rounding takes it is no rounding, and stays.
     """
     constant = jax.lax.stop_gradient(values)
-    is_rounding = (constant < 0) & (constant > -64 * jnp.finfo(values.dtype).eps)
-    return values - make_safe(constant, is_rounding)
+    lowest = -64 * float(jnp.finfo(values.dtype).eps)
+    zero, low = (jax.lax.full_like(constant, x) for x in (0, lowest))
+    is_rounding = jax.lax.bitwise_and(
+        jax.lax.lt(constant, zero), jax.lax.gt(constant, low)
+    )
+    return jax.lax.sub(values, select(is_rounding, constant, zero))
 
 
 def public_loss(loss: _Loss) -> _Loss:
