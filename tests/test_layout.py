@@ -7,7 +7,10 @@ import statistics
 
 import pytest
 
-PACKAGE = pathlib.Path(__file__).parents[1] / "wloss_jax"
+import wloss_jax
+
+# The package that is imported, which stands elsewhere where a wheel is tested.
+PACKAGE = pathlib.Path(wloss_jax.__file__).parent
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
     for path in sorted(PACKAGE.rglob("*.py"))

@@ -108,9 +108,9 @@ def per_sample(x, y, n):
 
 
 def two_steps(x, w):
-    optimizer = wl.multi_steps(optax.adam(1.0), 2)
+    optimizer = wl.multi_steps(optax.sgd(1.0, momentum=0.5), 2)
     state = optimizer.update(x, optimizer.init(x), x, weight=w.sum())[1]
-    return optimizer.update(-2 * x, state, x, weight=w.sum() / 2)[0]
+    return optimizer.update(3 * x, state, x, weight=w.sum() / 2)[0]
 
 
 def gradient(x, y, n, **options):
