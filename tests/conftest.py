@@ -9,8 +9,12 @@ from hypothesis import settings
 
 # Most of the tests' time is compiling, of programs that run once or twice. So XLA does
 # without its optimizations for speed, which takes half of the time; results differ by
-# what they differ by from one version of JAX to the next, one or two roundings.
-QUICK = ["--xla_backend_optimization_level=0"]
+# what they differ by from one version of JAX to the next, one or two roundings. And it
+# compiles a program in one piece: handing out parts of small ones takes a fifth longer.
+QUICK = [
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_parallel_codegen_split_count=1",
+]
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones lack it
     QUICK.append("--xla_cpu_use_fusion_emitters=false")
 

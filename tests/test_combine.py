@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import wloss_jax as wl
 from tests.oracle import combined
+from tests.oracle.tables import one_of_each, unasked
 
 B, L = 16, 5
 LENGTHS = [3, 0, 5, 1, 2, 4, 1, 5, 5, 2, 4, 3, 1, 1, 5, 2]
@@ -83,7 +84,7 @@ def mapped(count, check_vma=True, **options):
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("num_microbatches", [1, 2, 8, B, 3])
+@pytest.mark.parametrize("num_microbatches", [1, unasked(2), unasked(8), B, 3])
 def test_every_loss_is_the_oracle_in_any_number_of_microbatches(num_microbatches):
     check(quickly_compiled(all_losses(num_microbatches=num_microbatches)))
 
@@ -92,11 +93,11 @@ def test_every_loss_is_the_oracle_in_any_number_of_microbatches(num_microbatches
 @pytest.mark.parametrize(
     ("devices", "num_microbatches", "check_vma"),
     [
-        (2, 1, True),
+        unasked(2, 1, True),
         (2, 8, False),
-        (2, 3, True),
+        unasked(2, 3, True),
         (8, 1, True),
-        (8, 1, False),
+        unasked(8, 1, False),
         (8, 2, True),
     ],
 )
@@ -105,7 +106,7 @@ def test_every_loss_is_the_oracle_under_shard_map(devices, num_microbatches, che
 
 
 @needs_devices
-@pytest.mark.parametrize("num_microbatches", [1, 2])
+@pytest.mark.parametrize("num_microbatches", [unasked(1), 2])
 def test_every_loss_is_the_oracle_under_pmap(num_microbatches):
     step = jax.pmap(
         all_losses(num_microbatches=num_microbatches, axis_name="data"),
@@ -117,8 +118,10 @@ def test_every_loss_is_the_oracle_under_pmap(num_microbatches):
 
 
 @needs_devices
-@pytest.mark.parametrize("num_microbatches", [1, 2])
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    ("axis_type", "num_microbatches"),
+    one_of_each([AxisType.Auto, AxisType.Explicit], [1, 2]),
+)
 def test_every_loss_is_the_oracle_under_plain_jit(axis_type, num_microbatches):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
     batch = jax.device_put(BATCH, NamedSharding(mesh, P("data")))

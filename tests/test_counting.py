@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import wloss_jax as wl
+from tests.oracle.tables import one_of_each
 
 # ------------------------------------------------------------ more than 2**31 elements
 
@@ -147,15 +148,16 @@ LOSSES_OF_LABELS = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+OTHER_LOSSES = [
+    wl.multiclass_hinge_loss,
+    wl.multiclass_perceptron_loss,
+    wl.multiclass_sparsemax_loss,
+]
+
+
 @pytest.mark.parametrize(
-    "loss",
-    [
-        *LOSSES_OF_LABELS.values(),
-        wl.multiclass_hinge_loss,
-        wl.multiclass_perceptron_loss,
-        wl.multiclass_sparsemax_loss,
-    ],
+    ("dtype", "loss"),
+    one_of_each(DTYPES, [*LOSSES_OF_LABELS.values(), *OTHER_LOSSES]),
 )
 def test_labels(loss, dtype):
     """Those out of range give NaN; those in range are theirs, also past 127."""
@@ -176,8 +178,7 @@ def test_labels(loss, dtype):
                 wl.testing.assert_valid_batch(**valid)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("loss", LOSSES_OF_LABELS)
+@pytest.mark.parametrize(("dtype", "loss"), one_of_each(DTYPES, LOSSES_OF_LABELS))
 def test_ignore_index(loss, dtype):
     """It is a number: one that the labels' dtype does not hold marks none of them."""
     low, high = ends(dtype)

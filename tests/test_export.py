@@ -14,11 +14,10 @@ from jax import export
 
 import wloss_jax as wl
 from tests.oracle import grid
-from tests.oracle.tables import every_third
+from tests.oracle.tables import one_of_each
 
 EXPORTED_AT = 4, 5
 SIZES = [(4, 5), (7, 16), (1, 1)]
-every_loss = pytest.mark.parametrize("case", every_third(grid.CASES), ids=repr)
 
 
 def exported(function, arguments, sizes=EXPORTED_AT):
@@ -47,8 +46,10 @@ def data_of(case, rows, size, seed=0):
     return [*arrays, *keywords.values(), segment_ids]
 
 
-@every_loss
-def test_a_loss_says_at_every_size_what_it_says_when_compiled_for_it(case):
+@pytest.mark.parametrize(
+    ("case", "size"), one_of_each(grid.CASES, SIZES, every=3), ids=repr
+)
+def test_a_loss_says_at_any_size_what_it_says_when_compiled_for_it(case, size):
     num_arrays = len(data_of(case, *EXPORTED_AT)) - 4
 
     def everything(*given):
@@ -73,12 +74,11 @@ def test_a_loss_says_at_every_size_what_it_says_when_compiled_for_it(case):
         ]
 
     program = exported(everything, data_of(case, *EXPORTED_AT))
-    for rows, size in SIZES:
-        given = data_of(case, rows, size, seed=1)
-        expected = jax.jit(everything)(*given)
-        for a, b in zip(program.call(*given), expected, strict=True):
-            # The sums are in another order: some roundings of 112 terms.
-            np.testing.assert_allclose(a, b, rtol=5e-6, atol=2e-6)
+    given = data_of(case, *size, seed=1)
+    expected = jax.jit(everything)(*given)
+    for a, b in zip(program.call(*given), expected, strict=True):
+        # The sums are in another order: some roundings of 112 terms.
+        np.testing.assert_allclose(a, b, rtol=5e-6, atol=2e-6)
 
 
 def test_what_is_made_of_losses_is_exported_too():

@@ -6,6 +6,8 @@ import pytest
 import wloss_jax as wl
 from tests.tools import fuzz
 
+pytestmark = pytest.mark.program
+
 
 def test_thirty_cases_are_the_oracles(capsys):
     failed = fuzz.main(["--cases", "30", "--seed", "7"])

@@ -6,6 +6,8 @@ import pytest
 from tests.tools import fuzz_combine
 from wloss_jax import _rows
 
+pytestmark = pytest.mark.program
+
 
 def test_sixteen_cases_are_the_oracles(capsys):
     failed = fuzz_combine.main(["--cases", "16", "--seed", "3"])

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 import wloss_jax as wl
 from tests.oracle import reference, strategies
+from tests.oracle.tables import one_of_each
 from tests.test_compiled import loops
 from wloss_jax.linear import _chunks, _programs
 from wloss_jax.linear._primitives import Device
@@ -150,17 +151,20 @@ def test_value_and_gradients_are_the_oracles(options):
 
 # bfloat16 has 8 bits: a rounding is 0.4%, of each logit, of its gradient and of the
 # products of that. The loss is made of rounded features, not of the oracle's.
+ROUNDING = [
+    ("bfloat16", "bfloat16", 0.02),
+    ("bfloat16", "float32", 0.02),
+    ("float32", "bfloat16", 2e-6),
+    ("float16", "float16", 2e-3),
+]
+
+
 @pytest.mark.parametrize(
-    ("features", "kernel", "rtol"),
-    [("bfloat16", "bfloat16", 0.02), ("bfloat16", "float32", 0.02),
-     ("float32", "bfloat16", 2e-6), ("float16", "float16", 2e-3)],
-)  # fmt: skip
-@pytest.mark.parametrize(
-    "options", [OPTIONS["plain"], OPTIONS["all"]], ids=["plain", "all"]
+    ("dtypes", "options"), one_of_each(ROUNDING, ["plain", "all"]), ids=str
 )
-def test_narrow_dtypes_are_the_oracles_to_their_rounding(
-    features, kernel, rtol, options
-):
+def test_narrow_dtypes_are_the_oracles_to_their_rounding(dtypes, options):
+    features, kernel, rtol = dtypes
+    options = OPTIONS[options]
     arrays = dict(data())
     narrow = jnp.dtype(features), jnp.dtype(kernel), jnp.dtype("float32")
     parts = [jnp.asarray(x, d) for x, d in zip(parts_of(arrays), narrow, strict=True)]
@@ -175,8 +179,7 @@ def test_narrow_dtypes_are_the_oracles_to_their_rounding(
     assert_close(grads, expected_grads, max(rtol, jnp.finfo(kernel).eps))
 
 
-@pytest.mark.parametrize("scale", [1e-9, 1e9])
-@pytest.mark.parametrize("segments", [False, True], ids=["total", "segments"])
+@pytest.mark.parametrize(("scale", "segments"), one_of_each([1e-9, 1e9], [False, True]))
 def test_float16_has_room_for_weights_of_any_scale(scale, segments):
     arrays = data()
     keywords = {"weights": arrays["weights"] * np.float32(scale)}
@@ -749,8 +752,9 @@ def vocab_mean(arrays, samples, **options):
 
 
 @needs_devices
-@pytest.mark.parametrize("samples", [False, True], ids=["total", "per sample"])
-@pytest.mark.parametrize("where", ["inside", "outside"])
+@pytest.mark.parametrize(
+    ("where", "samples"), one_of_each(["inside", "outside"], [False, True])
+)
 def test_sharded_vocabulary_with_all_options(samples, where):
     arrays = data(vocab=40)
     mean = vocab_mean(arrays, samples, **OPTIONS["all"])

@@ -327,7 +327,9 @@ def test_value_and_gradients_are_the_oracles(case, chunk_size):
 ROUNDING = {"bfloat16": 0.05, "float16": 5e-3}
 
 
-@pytest.mark.parametrize(("case", "dtype"), one_of_each(CASES, ROUNDING), ids=str)
+@pytest.mark.parametrize(
+    ("case", "dtype"), one_of_each(CASES, ROUNDING, every=2), ids=str
+)
 def test_narrow_dtypes_are_the_oracles_to_their_rounding(case, dtype):
     arrays = data()
     parts = [jnp.asarray(x, dtype) for x in parts_of(arrays)]
@@ -415,7 +417,7 @@ def test_jvp_and_second_derivatives_are_those_of_plain_logits(case):
 WAYS = ["checkpoint", "no jit", "scan", "vmap over kernels"]
 
 
-@pytest.mark.parametrize(("case", "how"), one_of_each(CASES, WAYS), ids=str)
+@pytest.mark.parametrize(("case", "how"), one_of_each(CASES, WAYS, every=2), ids=str)
 def test_transformations_change_nothing(case, how):
     arrays = data()
     mean = mean_of(case, arrays, **keywords_of(arrays), chunk_size=5)
@@ -499,7 +501,7 @@ KINDS = [AxisType.Auto, AxisType.Explicit]
 @needs_devices
 @pytest.mark.parametrize(
     ("case", "kind", "spec", "with_mesh"),
-    one_of_each(CASES, KINDS, [P("data"), P()], [True, False]),
+    one_of_each(CASES, KINDS, [P("data"), P()], [True, False], every=2),
     ids=str,
 )
 def test_sharded_arrays_change_nothing(case, kind, spec, with_mesh):
@@ -570,7 +572,7 @@ def test_shard_map_of_tokens_that_differ_alone(case):
 
 @needs_devices
 @pytest.mark.parametrize(
-    ("case", "check_vma"), one_of_each(CASES, [True, False]), ids=str
+    ("case", "check_vma"), one_of_each(CASES, [True, False], every=3), ids=str
 )
 def test_shard_map_over_tokens(case, check_vma):
     arrays = data()

@@ -117,7 +117,13 @@ def assert_close(outcome, expected):
 
 @pytest.mark.parametrize(
     ("layout", "program", "with_mesh", "kind"),
-    one_of_each(LAYOUTS, PROGRAMS, [True, False], [AxisType.Auto, AxisType.Explicit]),
+    one_of_each(
+        LAYOUTS,
+        PROGRAMS,
+        [True, False],
+        [AxisType.Auto, AxisType.Explicit],
+        every=2,
+    ),
     ids=lambda value: getattr(value, "__name__", None),
 )
 def test_no_layout_changes_the_numbers(layout, program, with_mesh, kind):

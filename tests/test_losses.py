@@ -18,6 +18,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 import wloss_jax as wl
 from tests.oracle import grid, reference, strategies
+from tests.oracle.tables import every_third
 
 B = L = 4  # equal, so that no law holds by the wrong alignment
 LENGTHS = [4, 0, 2, 3]
@@ -26,6 +27,13 @@ NAN = (np.nan, -100)
 # Of the module's scope, so that the laws of one loss run one after the other, where
 # tests are spread over processes too, and its compiled function serves them all.
 every_loss = pytest.mark.parametrize("case", grid.CASES, ids=repr, scope="module")
+# Laws that hold for all losses alike, by what they share, are tried with some of them.
+some_losses, other_losses, further_losses = (
+    pytest.mark.parametrize(
+        "case", every_third(grid.CASES, start), ids=repr, scope="module"
+    )
+    for start in range(3)
+)
 every_loss_of_labels = pytest.mark.parametrize(
     "case", [case for case in grid.CASES if case.labels], ids=repr, scope="module"
 )
@@ -109,7 +117,7 @@ def test_value_and_gradients_are_the_oracles(case, lengths, seed, poison):
     assert_oracle(case, batch, L, outcome)
 
 
-@every_loss
+@some_losses
 def test_packed_rows_are_the_oracles(case):
     """Four samples, one of them empty, in two rows, with padding between and after."""
     batch = grid.ragged(case, 1, LENGTHS)
@@ -167,7 +175,7 @@ def test_per_sample_is_the_oracles_loop_over_samples(case):
     assert_close(m.compute(), mean, oracle.magnitude)
 
 
-@every_loss
+@other_losses
 def test_jvp_and_second_derivatives_are_the_oracles(case):
     """Tangents too may hold anything where nothing counts."""
     batch = grid.ragged(case, 3, LENGTHS)
@@ -393,7 +401,7 @@ def test_other_alignments_are_errors(case, name, shape):
 # -------------------------------------------------------------- compiled, or not at all
 
 
-@every_loss
+@further_losses
 def test_without_jit_all_is_the_same(case):
     batch = grid.ragged(case, 12, LENGTHS)
     arrays, keywords = grid.pad(batch, L)
@@ -469,7 +477,7 @@ def test_losses_melt_into_a_callers_jit(case):
 # ------------------------------------------------------------------------- precision
 
 
-@every_loss
+@other_losses
 def test_bfloat16_with_masks_and_weights_of_samples_is_the_oracles(case):
     """Of the rounded inputs, to float32 rounding: nothing is summed in bfloat16.
 
@@ -495,7 +503,7 @@ def test_bfloat16_with_masks_and_weights_of_samples_is_the_oracles(case):
         assert_close(gradient, desired, rtol=2**-8)  # one rounding, at the very end
 
 
-@every_loss
+@some_losses
 def test_float64_stays_float64(case):
     with jax.enable_x64(True):
         batch = grid.ragged(case, 14, LENGTHS, dtype=np.float64)

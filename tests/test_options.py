@@ -67,7 +67,7 @@ def mean(name, value, **keywords):
     return loss(*map(jnp.asarray, arrays), **option, **keywords).compute()
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", every_third(OPTIONS, 1))
 def test_a_traced_option_is_as_good_as_a_number(name):
     values = OPTIONS[name][2] * np.array([1, 0.5, 0.9], np.float32)
     numbers = [mean(name, float(value)) for value in values]
@@ -98,7 +98,7 @@ def test_what_is_masked_has_no_part_in_the_gradient_of_an_option(name):
     np.testing.assert_allclose(masked, slope(arrays), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", every_third(OPTIONS, 2))
 def test_a_traced_option_is_differentiated_and_never_compiled_again(name):
     middle = OPTIONS[name][2]
     step = 1e-2 * abs(middle)

@@ -67,6 +67,7 @@ def in_table():
     return namespace
 
 
+@pytest.mark.program
 @pytest.mark.parametrize("i", range(len(TABLE)), ids=lambda i: f"{i}-{TABLE[i].name}")
 def test_a_line_of_the_table_is_what_pytorch_computes(in_table, i):
     row, golden = TABLE[i], GOLDEN["table"][i]

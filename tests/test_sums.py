@@ -231,9 +231,15 @@ def test_a_row_at_a_time_is_all_rows_at_once():
 # ------------------------------------------------------------------------- meshes
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("spec", [P("a"), P(None, "a"), P("a", "b"), P(("a", "b"))])
-@pytest.mark.parametrize("shared", ["ids", "values", "nothing"])
+SPECS = [P("a"), P(None, "a"), P("a", "b"), P(("a", "b"))]
+
+
+@pytest.mark.parametrize(
+    ("spec", "axis_type", "shared"),
+    one_of_each(
+        SPECS, [AxisType.Auto, AxisType.Explicit], ["ids", "values", "nothing"]
+    ),
+)
 def test_data_over_devices(axis_type, spec, shared):
     """The data stay where they are: a sum and no array goes over the wire."""
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(axis_type,) * 2)
