@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import wloss_jax as wl
+from tests.oracle.tables import every_third, one_of_each
 
 N, V = 4, 5
 IN = np.array([True, True, False, True, False])
@@ -83,7 +84,7 @@ def assert_same(result, desired, rtol=2e-6):
     assert not np.any(gradient[:, ~IN])
 
 
-@every
+@pytest.mark.parametrize("name", every_third(LOSSES))
 def test_a_logit_of_minus_infinity_is_not_there(name):
     loss, options = LOSSES[name]
     labels, _ = labels_of(name)
@@ -102,8 +103,9 @@ def test_a_logit_of_minus_infinity_is_not_there(name):
     assert np.isfinite(jax.hessian(mean)(logits)).all()
 
 
-@with_mask
-@pytest.mark.parametrize("shape", ["V", "logits"])
+@pytest.mark.parametrize(
+    ("name", "shape"), one_of_each(INTEGERS | DISTRIBUTIONS, ["V", "logits"])
+)
 def test_a_class_mask_says_the_same(name, shape):
     loss, options = LOSSES[name]
     labels, _ = labels_of(name)
@@ -120,7 +122,7 @@ def test_a_class_mask_says_the_same(name, shape):
     )
 
 
-@every
+@pytest.mark.parametrize("name", every_third(LOSSES, 1))
 def test_a_label_that_is_out_costs_infinity(name):
     loss, options = LOSSES[name]
     labels, _ = labels_of(name, out=True)

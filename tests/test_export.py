@@ -47,7 +47,7 @@ def data_of(case, rows, size, seed=0):
 
 
 @pytest.mark.parametrize(
-    ("case", "size"), one_of_each(grid.CASES, SIZES, every=3), ids=repr
+    ("case", "size"), one_of_each(grid.CASES, SIZES, every=5), ids=repr
 )
 def test_a_loss_says_at_any_size_what_it_says_when_compiled_for_it(case, size):
     num_arrays = len(data_of(case, *EXPORTED_AT)) - 4

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 import wloss_jax as wl
 from tests.oracle import reference, strategies
-from tests.oracle.tables import one_of_each
+from tests.oracle.tables import one_of_each, unasked
 from tests.test_compiled import loops
 from wloss_jax.linear import _chunks, _programs
 from wloss_jax.linear._primitives import Device
@@ -293,8 +293,9 @@ def test_bias_of_minus_infinity_takes_a_class_out():
     assert_close((value, grads), (expected, padded))
 
 
-@pytest.mark.parametrize("chunk_size", [1, 2, 5, 7, 20, 24, 1000, None])
-@pytest.mark.parametrize("share", [0.4, 1.0])
+@pytest.mark.parametrize(
+    ("chunk_size", "share"), one_of_each([1, 2, 5, 7, 20, 24, 1000, None], [0.4, 1.0])
+)
 def test_chunks_change_nothing_but_roundings(chunk_size, share):
     arrays = data()
     where = np.ones((B, L), bool) if share == 1 else arrays["where"]
@@ -332,7 +333,7 @@ def rounds_of(monkeypatch, call):
     return rounds
 
 
-@pytest.mark.parametrize("valid", [0, 1, 8, 9, 23, 40])
+@pytest.mark.parametrize("valid", [0, unasked(1), 8, 9, unasked(23), 40])
 def test_rounds_follow_the_tokens_that_count(monkeypatch, valid):
     rng = np.random.default_rng(valid)
     where = rng.permutation(np.arange(40) < valid).reshape(B, 10)
@@ -519,7 +520,7 @@ def test_segments_are_the_oracles_samples():
     assert_close(outcome, expected)
 
 
-@pytest.mark.parametrize("samples", [False, True], ids=["total", "per sample"])
+@pytest.mark.parametrize("samples", [unasked(False), True])
 def test_jvp_and_second_derivatives_are_those_of_plain_logits(samples):
     rng = np.random.default_rng(1)
     arrays = data()

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 import wloss_jax as wl
 from tests.oracle import reference
-from tests.oracle.tables import every_third, one_of_each
+from tests.oracle.tables import every_third, one_of_each, unasked
 
 B, L, D, V, T = 8, 3, 5, 12, 4  # T: features of a teacher
 CLASS_WEIGHTS = np.linspace(0.5, 2.0, V).astype(np.float32)
@@ -861,8 +861,9 @@ OF_LABELS = {
 }
 
 
-@pytest.mark.parametrize("name", OF_LABELS)
-@pytest.mark.parametrize(("way", "traced"), one_of_each(WAYS_OUT, [False, True]))
+@pytest.mark.parametrize(
+    ("name", "way", "traced"), one_of_each(OF_LABELS, WAYS_OUT, [False, True])
+)
 def test_a_class_that_is_out_has_no_share_of_anything(name, way, traced):
     loss, options, label_name = OF_LABELS[name]
     arrays = data()
@@ -1101,7 +1102,7 @@ def test_gradient_by_an_option_of_a_sharded_vocabulary_is_an_error():
         step(arrays["kernel"], jnp.float32(0.1))
 
 
-@pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize("segments", [unasked(False), True])
 def test_aux_is_of_the_same_tokens_in_the_same_pass(segments):
     arrays = data()
     packed = {}

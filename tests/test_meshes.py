@@ -228,7 +228,9 @@ FUNCTIONS = {
 PLACES = [(BATCH_AXES, False, False), (POSITIONS, False, True), (BOTH, True, True)]
 
 
-@pytest.mark.parametrize(("name", "place"), one_of_each(FUNCTIONS, PLACES), ids=repr)
+@pytest.mark.parametrize(
+    ("name", "place"), one_of_each(FUNCTIONS, PLACES, every=2), ids=repr
+)
 def test_every_function_on_explicit_axes(name, place):
     axes, alike, context = place
     function, arrays = FUNCTIONS[name]
