@@ -14,11 +14,11 @@ import numpy as np
 import optax
 import pytest
 from hypothesis import example, given, settings
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import wloss_jax as wl
 from tests.oracle import grid, reference, strategies
-from tests.oracle.tables import every_third
+from tests.oracle.tables import every_third, one_of_each
 
 B = L = 4  # equal, so that no law holds by the wrong alignment
 LENGTHS = [4, 0, 2, 3]
@@ -34,8 +34,11 @@ some_losses, other_losses, further_losses = (
     )
     for start in range(3)
 )
-every_loss_of_labels = pytest.mark.parametrize(
-    "case", [case for case in grid.CASES if case.labels], ids=repr, scope="module"
+some_losses_of_labels = pytest.mark.parametrize(
+    "case",
+    every_third(case for case in grid.CASES if case.labels),
+    ids=repr,
+    scope="module",
 )
 
 
@@ -162,7 +165,7 @@ def test_packed_rows_are_the_oracles(case):
     np.testing.assert_array_equal(outcome[3], 0)
 
 
-@every_loss
+@further_losses
 def test_per_sample_is_the_oracles_loop_over_samples(case):
     size = 6  # another amount of padding than elsewhere
     batch = grid.ragged(case, 2, LENGTHS)
@@ -223,7 +226,7 @@ def test_jvp_and_second_derivatives_are_the_oracles(case):
         assert_close(array, one, max(1, np.abs(one).max()), rtol=2e-5)
 
 
-@every_loss_of_labels
+@some_losses_of_labels
 def test_the_forms_for_accelerators_are_the_oracles_too(case, monkeypatch):
     monkeypatch.setattr(
         jax.lax, "platform_dependent", lambda *arrays, cpu, default: default(*arrays)
@@ -309,7 +312,7 @@ def test_nan_that_counts_is_in_the_value_and_in_its_gradient_only(case):
         assert_nan_at(position, compiled(case)(tuple(poisoned), keywords), case)
 
 
-@every_loss_of_labels
+@some_losses_of_labels
 @pytest.mark.parametrize("label", [-1, grid.CLASSES, -100, 2**31 - 1, -(2**31)])
 def test_label_out_of_range_that_counts_is_nan(case, label):
     batch = grid.ragged(case, 7, LENGTHS)
@@ -457,7 +460,7 @@ def test_public_losses_share_optax_options_and_the_keywords(loss):
         assert expected.items() <= {n: p.default for n, p in ours.items()}.items()
 
 
-@every_loss
+@other_losses
 def test_an_eager_call_runs_one_compiled_program(case):
     arrays, keywords = grid.pad(grid.ragged(case, 0, [L] * B), L)
     case.loss(*arrays, **keywords)
@@ -970,8 +973,9 @@ OUTSIDE = {  # domains that no constant is in, and an element of each
 }
 
 
-@pytest.mark.parametrize("padding", ["valid", "outside"])
-@pytest.mark.parametrize("domain", OUTSIDE)
+@pytest.mark.parametrize(
+    ("domain", "padding"), one_of_each(OUTSIDE, ["valid", "outside"])
+)
 def test_what_a_users_loss_closes_over_stays_in_the_domain(domain, padding):
     formula, inside = OUTSIDE[domain]
     pad = inside if padding == "valid" else np.nan
@@ -991,6 +995,62 @@ def test_what_a_users_loss_closes_over_stays_in_the_domain(domain, padding):
     np.testing.assert_allclose([whole, first, rows], expected, rtol=1e-6)
     forward = jax.jvp(lambda s: mean(s, x, where).compute(), (1.0,), (1.0,))
     np.testing.assert_allclose(forward, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("domain", "how"),
+    one_of_each(OUTSIDE, ["a batch", "microbatches", "devices", "mesh"]),
+)
+def test_where_nothing_counts_what_a_users_loss_closes_over_has_no_gradient(
+    domain, how
+):
+    formula, inside = OUTSIDE[domain]
+    x = jnp.array([[inside, inside * 1.01], [inside, np.nan]])
+    batch = {"x": x, "where": jnp.array([[True, True], [False, False]])}
+
+    def loss_fn(s, batch):
+        return wl.masked(lambda x: s * formula(x))(batch["x"], where=batch["where"])
+
+    if how == "a batch":
+        nothing = batch | {"where": jnp.zeros((2, 2), bool)}
+        assert jax.grad(lambda s: loss_fn(s, nothing).compute())(1.0) == 0
+        assert jax.jvp(lambda s: loss_fn(s, nothing).total, (1.0,), (1.0,))[1] == 0
+        return
+    gradients = []
+    if how == "microbatches":
+        step = wl.value_and_grad(loss_fn, num_microbatches=2)
+        gradients = [step(1.0, batch)[1], jax.jit(step)(1.0, batch)[1]]
+    elif how == "devices":
+        step = wl.value_and_grad(loss_fn, axis_name="data")
+        for check_vma in (True, False):
+            over = jax.shard_map(
+                lambda s, batch: step(s, batch)[1],
+                mesh=Mesh(np.array(jax.devices()[:2]), ("data",)),
+                in_specs=(PartitionSpec(), PartitionSpec("data")),
+                out_specs=PartitionSpec(),
+                check_vma=check_vma,
+            )
+            gradients.append(jax.jit(over)(1.0, batch))
+    else:
+        mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))
+        spread = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
+        gradients = [jax.jit(wl.value_and_grad(loss_fn))(1.0, spread)[1]]
+        nothing = spread | {"where": spread["where"] & False}
+        assert jax.jit(wl.value_and_grad(loss_fn))(1.0, nothing)[1] == 0
+    # One sum of two terms.
+    np.testing.assert_allclose(gradients, np.mean(formula(x[0])), rtol=1e-6)
+
+
+def test_a_users_loss_that_cannot_be_traced_is_called_as_it_is():
+    def by_size(x):
+        return 2 * x if x[0] > 1 else x
+
+    loss = wl.masked(by_size)
+    x = jnp.array([3.0, np.nan])
+    assert loss(x, lengths=1).compute() == 6
+    np.testing.assert_array_equal(
+        jax.grad(lambda x: loss(x, lengths=1).compute())(x), [2, 0]
+    )
 
 
 def test_where_nothing_counts_a_users_loss_sees_no_two_alike():

@@ -4,6 +4,7 @@ With `wloss_jax.linear._primitives`, all that stands on JAX's less public module
 
 - `jax.interpreters.partial_eval`: ``dce_jaxpr``, which drops what no result needs;
 - `jax.extend.core`: ``Literal``, a number that is written out in a program;
+- `jax.core.eval_jaxpr`, which runs a program on constants of one's own;
 - the equations of a jaxpr, and how a jit in a jit stands among them.
 
 When JAX moves one of these, the first tests to fail are those of
@@ -12,12 +13,33 @@ When JAX moves one of these, the first tests to fail are those of
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from jax.extend.core import Literal
 from jax.interpreters import partial_eval
+
+
+def with_closed_over(
+    change: Callable[[Any], Any], function: Callable[..., jax.Array], *arguments: Any
+) -> jax.Array:
+    """Calls a function, after a ``change`` of each constant that it closes over.
+
+    Those are known by tracing it. What cannot be traced is called as it is: a function
+    that looks at numbers outside of a jit, or that changes a module of Flax.
+    """
+    try:
+        closed = jax.make_jaxpr(function)(*arguments)
+    except Exception:  # an error of the function's own comes again
+        return function(*arguments)
+    constants = [change(constant) for constant in closed.consts]
+    result: jax.Array
+    (result,) = jax.core.eval_jaxpr(
+        closed.jaxpr, constants, *jax.tree.leaves(arguments)
+    )
+    return result
 
 
 def used_inputs(jaxpr: Any, *outputs: int) -> list[bool]:

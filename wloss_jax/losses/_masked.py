@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from wloss_jax._checks import (
@@ -36,6 +37,7 @@ from wloss_jax._devices import (
     on_auto_axes,
     sharded_like,
 )
+from wloss_jax._jaxprs import with_closed_over
 from wloss_jax._keywords import check_keywords
 from wloss_jax.losses._labels import nan_unless
 from wloss_jax.masks import fill_masked, freeze, select
@@ -57,10 +59,9 @@ def masked(
     What a masked position holds changes neither the value nor any gradient, and the
     gradient there is exactly 0, even where ``f`` has none. ``f`` sees the first element
     that counts in its place, so that it never leaves its domain; numbers between 0 and
-    1 where nothing counts at all, in an empty microbatch say: if those are outside of
-    its domain, the gradient of a parameter that ``f`` closes over is NaN then. Arrays
-    of ``[B, L]`` that ``f`` closes over are not known here, so not made safe. Hand in
-    either as an array of one number for each element.
+    1 where nothing counts at all, in an empty microbatch say, and then what ``f``
+    closes over has a gradient of 0. Arrays of ``[B, L]`` that ``f`` closes over are not
+    known here, so not made safe: hand them in.
 
     Args:
       loss_fn: arrays, positional and of one shape, to the loss of each element. Keyword
@@ -140,16 +141,20 @@ def guarded(
         # The gradient of a traced option, too, adds up over all positions.
         fills = fills_masked or any(map(is_traced, options.values()))
         if fills_masked and explicit_mesh((data, reduction)) is not None:
-            return weighted_mean(
-                elementwise(_fill_on_auto_axes(data, shape, reduction)), **reduction
-            )
+            data, found = _fill_on_auto_axes(data, shape, reduction)
+            values = _constant_unless(found, elementwise, data)
+            return weighted_mean(values, **reduction)
         counts = what_counts(shape, **reduction)
-        if counts.mask is not None:
-            if fills:
-                data = fill_masked(data, counts.mask)
-            else:
-                data = [freeze(array, counts.mask) for array in data]
-        return WeightedMean(*counts.add_up(elementwise(data)))
+        if counts.mask is None:
+            values = elementwise(data)
+        elif fills_masked:
+            data = fill_masked(data, counts.mask)
+            values = _constant_unless(counts.mask.any(), elementwise, data)
+        elif fills:
+            values = elementwise(fill_masked(data, counts.mask))
+        else:
+            values = elementwise([freeze(array, counts.mask) for array in data])
+        return WeightedMean(*counts.add_up(values))
 
     vars(masked_loss)["__signature__"] = signature
     return masked_loss
@@ -161,25 +166,48 @@ def _mark_nan(values: jax.Array) -> jax.Array:
     return jax.lax.mul(values, nan_unless(is_number, values.dtype))
 
 
+def _constant_unless(
+    found: jax.Array,
+    elementwise: Callable[[list[jax.Array]], jax.Array],
+    data: list[jax.Array],
+) -> jax.Array:
+    """The loss; what it closes over has no gradient unless something was ``found``.
+
+    Where nothing counts, a microbatch say, the loss sees numbers that may be outside of
+    its domain. Its values are dropped there, but 0 times a slope of NaN is NaN.
+    """
+
+    def change(constant: Any) -> Any:
+        if not is_traced(constant) or not jnp.issubdtype(constant.dtype, jnp.floating):
+            return constant
+        return jax.lax.select(found, constant, jax.lax.stop_gradient(constant))
+
+    return with_closed_over(change, elementwise, data)
+
+
 def _fill_on_auto_axes(
     data: list[jax.Array], shape: tuple[int, ...], reduction: dict[str, Any]
-) -> list[jax.Array]:
-    """`fill_masked`, whose results are sharded like the first array.
+) -> tuple[list[jax.Array], jax.Array]:
+    """`fill_masked`, whose results are sharded like the first array, and its `any`.
 
     The loss of a user, which may close over arrays of the mesh, stays outside.
     """
     given = {k: v for k, v in reduction.items() if v is not None}
     num_segments = given.pop("num_segments", None)
 
-    def fill(data: list[jax.Array], given: dict[str, Any]) -> list[jax.Array]:
+    def fill(
+        data: list[jax.Array], given: dict[str, Any]
+    ) -> tuple[list[jax.Array], jax.Array]:
         mask = what_counts(shape, **given, num_segments=num_segments).mask
-        return data if mask is None else fill_masked(data, mask)
+        if mask is None:
+            return data, jnp.array(True)
+        return fill_masked(data, mask), mask.any()
 
     specs = [sharded_like(data[0], array) for array in data]
-    on_auto = on_auto_axes(fill, specs)
+    on_auto = on_auto_axes(fill, (specs, PartitionSpec()))
     if not any(isinstance(array, jax.core.Tracer) for array in data):
         on_auto = jax.jit(on_auto)  # outside of a jit, JAX needs the mesh in a context
-    filled: list[jax.Array] = on_auto(data, given)
+    filled: tuple[list[jax.Array], jax.Array] = on_auto(data, given)
     return filled
 
 
