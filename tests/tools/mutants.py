@@ -52,6 +52,14 @@ FAULTS = [
         "gradient_where_nothing_counts and squared_error",
     ),
     Fault(
+        "a slope where nothing counts of what a user's loss closes over",
+        "losses/_masked",
+        "jax.lax.select(found, constant, jax.lax.stop_gradient(constant))",
+        "constant",
+        GRID,
+        "closes_over_has_no_gradient and arccosh",
+    ),
+    Fault(
         "harmless values of a user's loss all alike",
         "masks",
         "1 / (2 + i) if jnp",
