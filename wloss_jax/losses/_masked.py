@@ -178,10 +178,17 @@ def _constant_unless(
     """
 
     def change(constant: Any) -> Any:
-        if not is_traced(constant) or not jnp.issubdtype(constant.dtype, jnp.floating):
+        if not isinstance(constant, jax.core.Tracer):
+            return constant
+        if not jnp.issubdtype(constant.dtype, jnp.floating):
             return constant
         return jax.lax.select(found, constant, jax.lax.stop_gradient(constant))
 
+    if not any(isinstance(x, jax.core.Tracer) for x in (found, *data)):
+        # Outside of all transformations, nothing is traced again on every call.
+        values = elementwise(data)
+        if not isinstance(values, jax.core.Tracer):
+            return values
     return with_closed_over(change, elementwise, data)
 
 
