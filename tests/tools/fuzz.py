@@ -584,7 +584,10 @@ def put_wrong(program, rng, arrays, index):
         arrays[loss.labels][index] = pick(rng, (-1, -100, 99, info.max, info.min))
     else:
         array = arrays[pick(rng, loss.differentiable)]
-        array[index + (0,) * (array.ndim - len(index))] = np.nan
+        event = (0,) * (array.ndim - len(index))
+        if loss.name.startswith("nll_loss"):  # no other class has a part in it
+            event = (arrays[loss.labels][index],)
+        array[index + event] = np.nan
 
 
 def cast(program, i, array):

@@ -133,17 +133,19 @@ def guarded(
                 f"has shape {values.shape}: one value for each element is expected, "
                 f"{shape} with event_ndim={event_ndim}.",
             )
-            if marks_nan:
-                mark = on_auto_axes(_mark_nan, jax.typeof(values).sharding.spec)
-                values = mark(values)
             return values
+
+        def marked(values: jax.Array) -> jax.Array:
+            if not marks_nan:
+                return values
+            return on_auto_axes(_mark_nan, jax.typeof(values).sharding.spec)(values)
 
         # The gradient of a traced option, too, adds up over all positions.
         fills = fills_masked or any(map(is_traced, options.values()))
         if fills_masked and explicit_mesh((data, reduction)) is not None:
             data, found = _fill_on_auto_axes(data, shape, reduction)
             values = _constant_unless(found, elementwise, data)
-            return weighted_mean(values, **reduction)
+            return weighted_mean(marked(values), **reduction)
         counts = what_counts(shape, **reduction)
         if counts.mask is None:
             values = elementwise(data)
@@ -154,7 +156,7 @@ def guarded(
             values = elementwise(fill_masked(data, counts.mask))
         else:
             values = elementwise([freeze(array, counts.mask) for array in data])
-        return WeightedMean(*counts.add_up(values))
+        return WeightedMean(*counts.add_up(marked(values)))
 
     vars(masked_loss)["__signature__"] = signature
     return masked_loss
