@@ -138,7 +138,9 @@ def guarded(
         def marked(values: jax.Array) -> jax.Array:
             if not marks_nan:
                 return values
-            return on_auto_axes(_mark_nan, jax.typeof(values).sharding.spec)(values)
+            mark = on_auto_axes(_mark_nan, jax.typeof(values).sharding.spec)
+            values = mark(values)
+            return values
 
         # The gradient of a traced option, too, adds up over all positions.
         fills = fills_masked or any(map(is_traced, options.values()))
