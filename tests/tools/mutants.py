@@ -274,7 +274,7 @@ FAULTS = [
         "dtype=jnp.float64, lanes=lanes, piece=_PIECE",
         "dtype=jnp.float32, lanes=lanes, piece=_PIECE",
         "test_sums",
-        "long_segments_are_as_exact and 2-",
+        "long_segments_are_as_exact and sorted",
     ),
     Fault(
         "segments added up in whole numbers of one digit",
@@ -383,8 +383,8 @@ FAULTS = [
     Fault(
         "NaN that counts has no gradient",
         "losses/_masked",
-        "if marks_nan:",
-        "if False:",
+        "if not marks_nan:",
+        "if True:",
         GRID,
         "nan_that_counts and hinge",
     ),
