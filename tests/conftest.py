@@ -3,7 +3,6 @@
 import gc
 import importlib.metadata
 import os
-import tempfile
 from pathlib import Path
 
 from hypothesis import settings
@@ -49,12 +48,6 @@ def pytest_configure(config):
     flags += [os.environ.get("XLA_FLAGS", "")]
     flags += ["--xla_force_host_platform_device_count=8"]
     os.environ["XLA_FLAGS"] = " ".join(flags)
-    # What one worker, or one test, has compiled need not be compiled by the next.
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        compiled = tempfile.TemporaryDirectory()
-        config.add_cleanup(compiled.cleanup)
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
 def pytest_collection_modifyitems(config, items):
