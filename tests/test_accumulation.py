@@ -151,6 +151,31 @@ def test_a_round_of_empty_calls_is_an_empty_big_batch():
     jax.tree.map(np.testing.assert_array_equal, state.inner_opt_state, expected_state)
 
 
+@pytest.mark.parametrize("jit", [False, True])
+def test_a_total_without_a_weight_shows_and_is_not_left_for_the_next_step(jit):
+    optimizer = wl.multi_steps(optax.sgd(1.0), 2)
+    params, grads = jnp.zeros(2), jnp.array([1.0, 0.0])
+    wrap = jax.jit if jit else lambda function: function
+    update = wrap(
+        lambda grads, state, weight: optimizer.update(
+            grads, state, params, weight=weight
+        )
+    )
+    state = optimizer.init(params)
+    _, state = update(grads, state, 1.0)
+    updates, state = update(3 * grads, state, -1.0)
+    # The whole batch is -2 and 0 over a weight of 0; the optimizer takes the negative.
+    np.testing.assert_array_equal(updates, [np.inf, 0])
+
+    early = wl.multi_steps(optax.sgd(1.0), 4)
+    state = early.init(params)
+    for factor, weight in ((1, 1.0), (3, -1.0)):
+        _, state = early.update(factor * grads, state, params, weight=weight)
+    updates, state = wrap(early.flush)(state, params)
+    np.testing.assert_array_equal(updates, [np.inf, 0])
+    assert not state.acc_grads.any()
+
+
 def test_flush_without_anything_accumulated_changes_nothing():
     optimizer = wl.multi_steps(optax.adamw(0.1), 2)
     params, one = jnp.float32(2.0), jnp.float32(1.0)
@@ -349,6 +374,7 @@ def test_every_k_that_is_none(every_k):
         ({"weight": jnp.int32(3)}, "`weight` is int32.*astype"),
         ({"weight": True}, "`weight` is bool"),
         ({"weight": [3.0]}, "`weight` must be an array of numbers; got a list"),
+        ({"weight": wl.WeightedMean(8.0, 2.0)}, "`weight` is a .*`weight=m.weight`"),
     ],
 )
 def test_weight_that_is_none(weight, message):

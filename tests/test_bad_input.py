@@ -586,7 +586,7 @@ TABLE = {
     "argnums of floats": ("`argnums`", lambda: step(argnums=(0.0,))),
     "argnums of True": ("`argnums`", lambda: step(argnums=True)),
     "argnums past the end": ("`argnums`", lambda: step(argnums=2)),
-    "argnums below 0": ("`argnums`", lambda: step(argnums=-1)),
+    "argnums below 0": ("`argnums`", lambda: step(argnums=-3)),
     "batch_argnums of None": ("`batch_argnums`", lambda: step(batch_argnums=None)),
     "batch_argnums past the end": (
         "`batch_argnums`",

@@ -186,6 +186,41 @@ def test_where_all_classes_are_out_the_cost_is_infinity(name):
     assert not gradient.any()
 
 
+# The negative log-likelihood of a label looks at that class alone.
+@pytest.mark.parametrize("name", sorted({*INTEGERS, *DISTRIBUTIONS} - {"nll"}))
+def test_nan_that_counts_is_no_infinity_where_a_label_is_out(name):
+    loss, options = LOSSES[name]
+    labels, _ = labels_of(name, out=True)
+    logits = jnp.where(IN, SCORES, -jnp.inf)
+    wrong = logits.at[0, 1].set(jnp.nan)
+    costs = wl.per_sample(loss)(wrong, labels, **options).compute()
+    assert np.isnan(costs).tolist() == [True, False, False, False]
+    if name in DISTRIBUTIONS:  # a share that is NaN, of a class that is out
+        dense = labels_of(name)[0].copy()
+        dense[0, 2] = np.nan
+        costs = wl.per_sample(loss)(logits, dense, **options).compute()
+        assert np.isnan(costs).tolist() == [True, False, False, False]
+
+
+@pytest.mark.parametrize("label", [-1, V, 2**31 - 1])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        wl.softmax_cross_entropy_with_integer_labels,
+        wl.nll_loss,
+        wl.multi_margin_loss,
+        lambda x, labels, **options: wl.linear_softmax_cross_entropy(
+            x, jnp.eye(V), labels, **options
+        ),
+    ],
+)
+def test_a_label_out_of_range_is_there_whatever_the_weights_of_classes(loss, label):
+    labels = LABELS.copy()
+    labels[2] = label
+    class_weights = np.float32([0, 1, 1, 1, 0])  # what is next to it weighs nothing
+    assert np.isnan(loss(SCORES, labels, class_weights=class_weights).compute())
+
+
 def test_a_class_mask_of_other_axes():
     logits, dense = jnp.moveaxis(SCORES, 0, 1), jnp.moveaxis(DENSE, 0, 1)
     m = wl.softmax_cross_entropy(

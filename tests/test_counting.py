@@ -9,6 +9,43 @@ import pytest
 import wloss_jax as wl
 from tests.oracle.tables import one_of_each
 
+# ------------------------------------------------------- targets without a minus sign
+
+
+@pytest.mark.parametrize("dtype", [bool, np.uint8, np.uint16, np.uint32])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        *(wl.absolute_error, wl.squared_error, wl.l2_loss, wl.huber_loss, wl.log_cosh),
+        *(wl.smooth_l1_loss, wl.quantile_loss, wl.poisson_nll, wl.hinge_loss),
+        *(wl.perceptron_loss, wl.soft_margin_loss, wl.sigmoid_binary_cross_entropy),
+        *(wl.sigmoid_focal_loss, wl.binary_cross_entropy),
+        lambda x, y: wl.margin_ranking_loss(x, 1 - x, y),
+        lambda x, y: wl.hinge_embedding_loss(x, y),
+        lambda x, y: wl.cosine_embedding_loss(x[:, None], 1 - x[:, None], y),
+        lambda x, y: wl.gaussian_nll(x, y, 1 + x),
+    ],
+)
+def test_unsigned_targets_are_as_good_as_floats(loss, dtype):
+    x = jnp.float32([0.5, 0.25, 0.75])
+
+    def value_and_slope(targets):
+        return jax.value_and_grad(lambda x: loss(x, targets).compute())(x)
+
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        value_and_slope(np.ones(3, dtype)),
+        value_and_slope(np.ones(3, np.float32)),
+    )
+
+
+def test_unsigned_labels_have_no_end_of_minus_1():
+    scores = np.float32([[0, 1, 2], [1, 0, 0]])
+    for dtype in (np.uint8, np.uint16, np.uint32):
+        labels = np.array([[np.iinfo(dtype).max, 1, 0], [0, 1, 2]], dtype)
+        assert np.isnan(wl.multilabel_margin_loss(scores, labels).compute())
+
+
 # ------------------------------------------------------------ more than 2**31 elements
 
 HUGE = (5, 2**15, 2**14)  # 2.7e9; nothing of that size is made, only its count

@@ -4,10 +4,12 @@
 the last line of its traceback reads, and that it says the mend.
 """
 
+import copy
 import inspect
 import json
 import math
 import operator
+import pickle
 import traceback
 
 import chex
@@ -89,6 +91,26 @@ def test_losses_of_features_and_a_kernel_say_it_too(name, habit):
     assert mend in line
 
 
+def test_the_weight_of_pytorch_is_of_classes_where_there_are_some():
+    x, labels, ones = np.ones((3, 3), np.float32), np.zeros(3, int), np.ones(3)
+    line = last_line(
+        lambda: wl.softmax_cross_entropy_with_integer_labels(x, labels, weight=ones)
+    )
+    assert "the weights of classes are `class_weights`" in line
+    line = last_line(lambda: wl.sigmoid_binary_cross_entropy(x, x, weight=ones))
+    assert "leading axes" in line
+    assert "`m.total / size`" in line
+
+
+def test_an_axis_of_classes_is_not_sent_away():
+    x, labels = np.ones((2, 5, 3), np.float32), np.zeros((2, 3), int)
+    ce = wl.softmax_cross_entropy_with_integer_labels
+    assert "it is `axis`" in last_line(lambda: ce(x, labels, dim=1))
+    assert "pass `axis=1`" in last_line(lambda: ce(x, labels))
+    assert "pass `axis=1`" in last_line(lambda: wl.nll_loss(x, labels))
+    assert "One-hot labels" in last_line(lambda: ce(x[0], x[0]))
+
+
 def test_a_mask_by_position_is_told_the_keywords():
     for loss in (wl.absolute_error, wl.masked(lambda predictions, targets: targets)):
         line = last_line(lambda loss=loss: loss(X, X, X > 0))
@@ -104,10 +126,11 @@ RUNNING = wl.RunningMean.zeros().update(M)
 BINARY = [
     *(operator.sub, operator.mul, operator.truediv, operator.floordiv, operator.mod),
     *(operator.pow, divmod, operator.lt, operator.le, operator.gt, operator.ge),
-    operator.add,
+    *(operator.add, operator.eq, operator.ne),
 ]
 NUMBERS = [0.5, 1, True, np.float32(2), np.ones(3), jnp.float32(2), jnp.ones(3)]
 FUNCTIONS = [
+    bool,
     *(jnp.mean, np.mean, jnp.sqrt, np.sqrt, np.isfinite, jnp.array, np.asarray),
     *(abs, operator.neg, round, int, lambda m: jnp.where(True, m, 0.0)),
     *(lambda m: jnp.stack([m, m]), lambda m: np.mean([m, m])),
@@ -184,6 +207,27 @@ def test_json_is_told_how_to_write_a_mean(mean):
 
 
 # ----------------------------------------------------------------- the last line
+
+
+def test_a_mean_is_itself_and_no_other():
+    for mean in (M, RUNNING):
+        again = jax.tree.map(lambda x: x, mean)
+        assert mean == mean
+        assert mean != again
+        assert mean in [again, mean]
+        assert {mean: 1}[mean] == 1
+        assert (mean == None) is False  # noqa: E711
+
+
+@pytest.mark.parametrize("name", ["item", "mean", "sum", "block_until_ready"])
+def test_methods_of_arrays_name_what_gives_one(name):
+    for mean in (M, RUNNING):
+        with pytest.raises(AttributeError, match=rf"'{name}'.*`\.compute\(\)`"):
+            getattr(mean, name)()
+        assert not hasattr(mean, name)
+        with pytest.raises(AttributeError, match="no attribute 'shape'"):
+            mean.shape  # noqa: B018
+        assert float(copy.deepcopy(mean)) == float(pickle.loads(pickle.dumps(mean)))
 
 
 LINES = {
@@ -269,6 +313,60 @@ LINES = {
         lambda: wl.linear_log_probs(X, X.T, np.zeros(B, int), vocab_axis_name="v"),
     ),
     "a sum of means": ("`axis_name` 'i' is not mapped here", lambda: M.psum("i")),
+    "a list as an option": (
+        "`pos_weight` must be a number, a switch or an array; got [1.0, 2.0]. Pass",
+        lambda: wl.sigmoid_binary_cross_entropy(X, X, pos_weight=[1.0, 2.0]),
+    ),
+    "a mean as weights": (
+        "`weights` is a `WeightedMean`, where an array of numbers is due: its mean is "
+        "`.compute()`, its sum `.total`, and what that is divided by `.weight`.",
+        lambda: wl.absolute_error(X, X, weights=M),
+    ),
+    "a batch by keyword only": (
+        "`batch_argnums` names arguments (1,), from 0, but `loss_fn` was called with 1 "
+        "positional arguments. `x` it takes by keyword only",
+        lambda: wl.value_and_grad(lambda w, *, x: loss_fn(w), num_microbatches=2)(
+            1.0, x=X
+        ),
+    ),
+    "a combine of the parts alone": (
+        "`combine` is called with the parts and what is differentiated",
+        lambda: wl.value_and_grad(
+            lambda w, x: loss_fn(w), combine=lambda m: m.compute()
+        )(1.0, X),
+    ),
+    "a string in aux": (
+        "`loss_fn` returns 'train' at `aux['name']`, which microbatches cannot stack",
+        lambda: wl.value_and_grad(
+            lambda w, x: (loss_fn(w), {"name": "train"}),
+            has_aux=True,
+            num_microbatches=2,
+        )(1.0, X),
+    ),
+    "strings in a batch": (
+        "`batch_argnums` names the batch: every leaf of it must be an array that JAX "
+        "takes; got one of dtype <U1 at `['batch'][1]`",
+        lambda: wl.value_and_grad(
+            lambda w, batch: loss_fn(w),
+            num_microbatches=2,
+        )(1.0, (X, np.array(["a"] * B))),
+    ),
+    "a counter among parameters": (
+        "`argnums[0]['step']` is int32[], and only floating arrays have a gradient",
+        lambda: wl.value_and_grad(lambda w, x: loss_fn(w["w"]))(
+            {"w": 1.0, "step": jnp.int32(3)}, X
+        ),
+    ),
+    "complex parameters": (
+        "`argnums[0]` is complex, and parameters here are real",
+        lambda: wl.value_and_grad(lambda w, x: loss_fn(w))(1.0 + 2.0j, X),
+    ),
+    "factors within a term": (
+        "`coefficients['a']` is a dict: there is one factor for a term",
+        lambda: wl.value_and_grad(
+            lambda w, x: {"a": {"b": loss_fn(w)}}, coefficients={"a": {"b": 2.0}}
+        ),
+    ),
     "a loss of two values": (
         f"`loss_fn` must return one floating value for each token, [n] for logits "
         f"[n, V]; for n = 3 and V = {B} it returned tuple",

@@ -205,6 +205,20 @@ def test_argnums_may_be_a_tuple_of_trees_on_both_sides_of_the_batch():
         two_terms.assert_exact(({"number": value}, grads), expected)
 
 
+@pytest.mark.parametrize("num_microbatches", [1, 2])
+def test_argnums_count_from_the_end_below_0_as_in_jax(num_microbatches):
+    def loss_fn(batch, scale, params, unused=None):
+        return weighted_sum(scale * params, batch)
+
+    def step(argnums, batch_argnums):
+        make = functools.partial(wl.value_and_grad, num_microbatches=num_microbatches)
+        step = make(loss_fn, argnums=argnums, batch_argnums=batch_argnums)
+        return step(BATCH, 2.0, 3.0)
+
+    desired = step((2, 1), 0)
+    jax.tree.map(np.testing.assert_array_equal, step((-1, -2), -3), desired)
+
+
 def test_argnums_of_one_in_a_tuple_gives_a_tuple():
     batch = {"x": np.ones((2, 1), np.float32), "lengths": np.ones(2, int)}
     _, grads = wl.value_and_grad(weighted_sum, (0,))(1.0, batch)
@@ -505,7 +519,7 @@ def unmerged(param, batch):
         ),
         (
             weighted_sum,
-            {"argnums": -1},
+            {"argnums": -3},
             AssertionError,
             r"`argnums` names arguments \(-1,\)",
         ),

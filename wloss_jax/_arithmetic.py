@@ -10,12 +10,19 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
+import jax
+import numpy as np
+
 from wloss_jax._checks import ArgumentTypeError, ArgumentValueError
 
 _Class = TypeVar("_Class", bound=type)
 
 _BINARY = ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "divmod", "pow")
-_OTHERS = ("neg", "pos", "abs", "round", "trunc", "int", "lt", "le", "gt", "ge")
+_OTHERS = (
+    *("neg", "pos", "abs", "round", "trunc", "int", "bool"),
+    *("lt", "le", "gt", "ge"),
+)
+_METHODS = ("item", "tolist", "mean", "sum", "block_until_ready", "backward")
 _OPERATORS = (
     *(f"__{name}__" for name in _BINARY),
     *(f"__r{name}__" for name in _BINARY),
@@ -44,11 +51,25 @@ def without_arithmetic(instead: str) -> Callable[[_Class], _Class]:
             error = ArgumentValueError if asks_for_type else ArgumentTypeError
             raise error(
                 f"`{cls.__name__}` is no array: `.compute()` gives its mean, an array. "
-                "For the gradient of a loss that returns one, use "
+                f"{instead} For the gradient of a loss that returns one, use "
                 "`wloss_jax.value_and_grad`."
             )
 
+        def equals(self: Any, other: Any) -> Any:
+            if isinstance(other, int | float | np.ndarray | np.generic | jax.Array):
+                refuse(self)
+            return NotImplemented  # with one of its kind: the same object, or another
+
+        def refuse_method(self: Any, name: str) -> NoReturn:
+            # Whatever is missing must be an AttributeError, as `hasattr` expects.
+            message = f"{cls.__name__!r} object has no attribute {name!r}"
+            if name in _METHODS:
+                message += ": it is no array. `.compute()` gives its mean, which is one"
+            raise AttributeError(f"{message}.")
+
         _INSTEAD[cls] = instead
+        for name, method in (("__eq__", equals), ("__getattr__", refuse_method)):
+            setattr(cls, name, method)
         for name in _OPERATORS:
             if name not in vars(cls):
                 setattr(cls, name, refuse_operator)

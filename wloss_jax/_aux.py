@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from wloss_jax._checks import check_value
+from wloss_jax._checks import check_type, check_value
 from wloss_jax._devices import AxisName
 from wloss_jax._parts import is_mean
 from wloss_jax._places import AUX, Place, Sizes, place_of_mean, shape_of
@@ -39,6 +39,18 @@ def places_of_aux(aux: PyTree, sizes: Sizes | None, *, arrays: bool) -> list[Pla
         else:
             places.append(None)
     return places
+
+
+def check_aux(aux: PyTree) -> None:
+    """Checks that microbatches can stack all that is in the aux."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(aux):
+        check_type(
+            "loss_fn",
+            hasattr(leaf, "dtype") or isinstance(leaf, bool | int | float | complex),
+            f"returns {leaf!r} at `aux{jax.tree_util.keystr(path)}`, which "
+            "microbatches cannot stack: they compile the loss, so aux holds arrays, "
+            "numbers and `WeightedMean`s. Leave it out.",
+        )
 
 
 def put_aux_together(cut: Cut, groups: list[PyTree], places: list[Place]) -> PyTree:

@@ -143,12 +143,26 @@ def check_scalar(name: str, value: object, kind: type | None = None) -> jax.Arra
 
 def check_parameters(name: str, tree: Any) -> Any:
     """Checks a tree of floating arrays, each named by its path."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: check_array(
-            f"{name}{jax.tree_util.keystr(path)}", leaf, float
-        ),
-        tree,
-    )
+
+    def check(path: Any, leaf: Any) -> jax.Array:
+        full_name = f"{name}{jax.tree_util.keystr(path)}"
+        check_type(
+            full_name,
+            not jnp.iscomplexobj(leaf),
+            "is complex, and parameters here are real: pass its real and imaginary "
+            "parts as two arrays, and put them together in `loss_fn`.",
+        )
+        array = check_array(full_name, leaf)
+        check_dtype(
+            full_name,
+            array,
+            float,
+            f"is {describe(array)}, and only floating arrays have a gradient: keep it "
+            "out of what is differentiated, as an argument of its own.",
+        )
+        return array
+
+    return jax.tree_util.tree_map_with_path(check, tree)
 
 
 def _is_numeric(value: object) -> bool:
@@ -175,7 +189,7 @@ def _not_numeric(value: object) -> str:
     if type(value).__module__.startswith("wloss_jax"):
         return (
             f"is a `{kind}`, where an array of numbers is due: its mean is "
-            "`.compute()`, its sum `.total`."
+            "`.compute()`, its sum `.total`, and what that is divided by `.weight`."
         )
     if isinstance(value, list | tuple):
         return (

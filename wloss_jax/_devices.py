@@ -69,10 +69,15 @@ def compiled_by_option(function: _Function) -> _Function:
             if isinstance(value, jax.Array):
                 continue
             if name in options and not isinstance(value, np.ndarray):
+                mend = (
+                    " Pass `jnp.asarray(...)` of it, if it takes an array."
+                    if isinstance(value, list | tuple)
+                    else ""
+                )
                 check_type(
                     name,
                     isinstance(value, _STATIC),
-                    f"must be a number, a switch or a traced scalar; got {value!r}.",
+                    f"must be a number, a switch or an array; got {value!r}.{mend}",
                 )
                 static.append(name)
             elif value is not None:

@@ -41,7 +41,11 @@ def check_keywords(
 
 def _refuse_keyword(parameters: list[inspect.Parameter], name: str) -> None:
     if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        own = {p.name for p in parameters}
         mend = _HABITS.get(name, _arguments(parameters))
+        for ours, habits in _HABITS_WITH.items():
+            if ours in own and name in habits:
+                mend = habits[name]
         raise ArgumentTypeError(f"`{name}` is no argument here: {mend}")
 
 
@@ -87,6 +91,11 @@ _REDUCTION = (
     "a loss returns a `WeightedMean`. Its mean is `.compute()`, its sum `.total`; "
     "`wloss_jax.per_sample(loss)` gives one for each sample."
 )
+_WEIGHT = (
+    "how much an element counts is said by `weights`. They line up with the leading "
+    "axes of the loss, and its mean is divided by their sum; PyTorch divides by the "
+    "number of elements, `m.total / size`."
+)
 _AXIS = (
     "a loss reduces all that it is given. `wloss_jax.per_sample(loss)` or `jax.vmap` "
     "keeps the axes that you want kept."
@@ -94,7 +103,16 @@ _AXIS = (
 _HABITS = {
     **dict.fromkeys(("reduction", "size_average", "reduce"), _REDUCTION),
     **dict.fromkeys(("mask", "masks", "valid", "padding_mask"), _WHERE),
-    **dict.fromkeys(("weight", "sample_weight", "sample_weights"), _WEIGHTS),
+    **dict.fromkeys(("sample_weight", "sample_weights"), _WEIGHTS),
+    "weight": _WEIGHT,
     **dict.fromkeys(("axis", "dim", "keepdims", "keepdim"), _AXIS),
     **dict.fromkeys(("length", "x_lengths", "input_lengths"), "it is `lengths`."),
+}
+# The same where a loss has a parameter of its own that is meant.
+_HABITS_WITH = {
+    "class_weights": {
+        "weight": "the weights of classes are `class_weights`; how much an element "
+        "counts is said by `weights`."
+    },
+    "axis": {"dim": "it is `axis`, the axis or axes of the classes or components."},
 }

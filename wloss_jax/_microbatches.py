@@ -11,6 +11,7 @@ the weight, and the compiler drops the model.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar, cast
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import jax
 import jax.numpy as jnp
 
-from wloss_jax._aux import add_aux_up, places_of_aux, put_aux_together
+from wloss_jax._aux import add_aux_up, check_aux, places_of_aux, put_aux_together
 from wloss_jax._checks import check_parameters
 from wloss_jax._devices import (
     AxisName,
@@ -142,7 +143,15 @@ class _Loss:
 
     def of_microbatches(self, state: PyTree, batch: PyTree, cut: Cut) -> Outcome:
         """The microbatches twice: for the slopes, then for the gradient."""
-        self.evaluate = jax.jit(self.evaluate, inline=True)  # traced once for both
+        evaluate = self.evaluate
+
+        @functools.partial(jax.jit, inline=True)  # traced once for both
+        def checked(params: PyTree, state: PyTree, batch: PyTree) -> Any:
+            parts, aux, state = evaluate(params, state, batch)
+            check_aux(aux)
+            return parts, aux, state
+
+        self.evaluate = checked
         parts, aux, sizes = self._shapes(state, batch, cut)
         treedef: Any = jax.tree.structure(parts)
         places = places_of_parts(parts, sizes)

@@ -5,6 +5,8 @@ Its state carries what `WeightedMean` carries, a sum and its weight still apart.
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable
 from typing import (
     Any,
@@ -25,6 +27,7 @@ from wloss_jax._checks import (
     is_count,
     is_integer,
 )
+from wloss_jax.means import WeightedMean
 
 
 class MultiStepsState(NamedTuple):
@@ -79,7 +82,8 @@ def multi_steps(
 
     - A call of weight 0 adds nothing, whatever its gradient is, but it is one of the k.
       If all k weigh nothing, the optimizer steps with a gradient of 0, as it would for
-      one big batch in which nothing counts; schedules advance alike.
+      one big batch in which nothing counts; schedules advance alike. A total without
+      a weight, of weights that cancel, shows as infinity.
     - A loss of several terms has several weights, and one will not do; one that is made
       by ``combine`` has none. Accumulate such losses with the microbatches of
       `wloss_jax.value_and_grad`.
@@ -176,15 +180,21 @@ def multi_steps(
     ) -> tuple[Any, MultiStepsState]:
         _check_state(state)
         state = state._replace(mini_step=jnp.zeros_like(state.mini_step))
-        return step_if(state.acc_weight != 0, state, params, extra)
+        sums = jax.tree.leaves((state.acc_weight, state.acc_grads))
+        found = functools.reduce(operator.or_, [(x != 0).any() for x in sums])
+        return step_if(found, state, params, extra)
 
     def step_if(
         is_due: jax.Array, state: MultiStepsState, params: Any, extra: dict[str, Any]
     ) -> tuple[Any, MultiStepsState]:
         def step() -> tuple[Any, MultiStepsState]:
-            weight = jnp.where(state.acc_weight == 0, 1, state.acc_weight)
+            def divide(total: jax.Array, like: ArrayLike) -> jax.Array:
+                # 0 where nothing counted; a total without a weight shows, as infinity.
+                mean = total / jnp.where(total == 0, 1, state.acc_weight)
+                return mean.astype(jnp.result_type(like))
+
             mean = jax.tree.map(
-                lambda total, like: (total / weight).astype(jnp.result_type(like)),
+                divide,
                 state.acc_grads,
                 state.acc_grads if params is None else params,
             )
@@ -261,6 +271,11 @@ def _check_weight(weight: Any) -> jax.Array:
         "weight=m.weight)`. A loss made by `combine` has none, and is no average of "
         "those of calls: cut its batch by `num_microbatches` of "
         "`wloss_jax.value_and_grad` instead.",
+    )
+    check_type(
+        "weight",
+        not isinstance(weight, WeightedMean),
+        "is a `WeightedMean`: pass the weight alone, `weight=m.weight`.",
     )
     # A count as a Python integer is exact; as an array it may have wrapped.
     weight = float(weight) if is_integer(weight) else weight

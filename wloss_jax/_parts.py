@@ -7,6 +7,7 @@ none.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -193,7 +194,31 @@ def checks_and_combine(
         "and `combine` do not go together: multiply inside of `combine`, which sees "
         "the parts by name.",
     )
-    return check_parts, combine
+
+    def combine_parts(parts: PyTree, *params: PyTree) -> Any:
+        try:
+            return combine(parts, *params)
+        except TypeError:
+            check_type(
+                "combine",
+                _takes(combine, 1 + len(params)),
+                "is called with the parts and what is differentiated, by position: "
+                f"{1 + len(params)} arguments. Write `lambda parts, *params: ...`.",
+            )
+            raise
+
+    return check_parts, combine_parts
+
+
+def _takes(function: Callable[..., Any], count: int) -> bool:
+    """Whether so many arguments by position fit, as far as that is known."""
+    try:
+        inspect.signature(function).bind(*range(count))
+    except TypeError:
+        return False
+    except ValueError:  # it says nothing of its arguments
+        return True
+    return True
 
 
 def sum_of_means(coefficients: Mapping[str, ArrayLike] | None) -> Combine:
@@ -203,6 +228,13 @@ def sum_of_means(coefficients: Mapping[str, ArrayLike] | None) -> Combine:
         coefficients is None or isinstance(coefficients, Mapping),
         f"must be a dict of factors by the name of the term; got {coefficients!r}.",
     )
+    for name, factor in dict(coefficients or {}).items():
+        check_type(
+            f"coefficients[{name!r}]",
+            not isinstance(factor, Mapping),
+            "is a dict: there is one factor for a term by its name, for all means that "
+            "the term holds. Return terms side by side, or use `combine`.",
+        )
     factors = {
         name: check_scalar(f"coefficients[{name!r}]", factor)
         for name, factor in dict(coefficients or {}).items()

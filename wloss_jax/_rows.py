@@ -14,8 +14,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from wloss_jax._checks import check_known, check_value
+from wloss_jax._checks import check_known, check_type, check_value
 from wloss_jax._devices import num_shards, on_auto_axes
 
 PyTree = Any
@@ -118,12 +119,21 @@ def cut_batch(batch: PyTree, count: int) -> Cut:
         for path, leaf in jax.tree_util.tree_leaves_with_path(batch)
     }
     sizes = {shape[:1] for shape in shapes.values()}
+    mend = "Hand in what is no array of rows by another argument, or leave it out."
     check_value(
         "batch_argnums",
         len(sizes) == 1 and () not in sizes,
         "names the batch: axis 0 of every leaf of it must be the batch, to be cut "
-        f"into {count} microbatches; got {shapes}.",
+        f"into {count} microbatches; got {shapes}. {mend}",
     )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+        dtype = getattr(leaf, "dtype", None)
+        check_type(
+            "batch_argnums",
+            not (isinstance(dtype, np.dtype) and dtype.kind in "OSUMm"),
+            "names the batch: every leaf of it must be an array that JAX takes; got "
+            f"one of dtype {dtype} at `{jax.tree_util.keystr(path)}`. {mend}",
+        )
     (size,) = sizes.pop()
     check_known(
         "num_microbatches",

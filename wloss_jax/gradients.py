@@ -169,8 +169,8 @@ def value_and_grad(
     check_function("loss_fn", loss_fn)
     check_flag("has_aux", has_aux)
     single = not isinstance(argnums, tuple | list)
-    diff_nums = argument_numbers("argnums", argnums)
-    batch_nums = argument_numbers("batch_argnums", batch_argnums)
+    wanted_nums = argument_numbers("argnums", argnums)
+    cut_nums = argument_numbers("batch_argnums", batch_argnums)
     check_parts, combine_parts = checks_and_combine(combine, coefficients)
     signature = inspect.signature(loss_fn)
     call: Callable[..., Any] = loss_fn  # with arguments by number
@@ -178,8 +178,12 @@ def value_and_grad(
     @functools.wraps(loss_fn)
     def value_and_grad_fn(*args: _P.args, **kwargs: _P.kwargs) -> tuple[Any, Any]:
         positional, keywords = by_position(signature, args, kwargs)
+        diff_nums, batch_nums = (
+            tuple(i + len(args) if i < 0 else i for i in numbers)
+            for numbers in (wanted_nums, cut_nums)
+        )
         params, batch = choose_arguments(
-            positional, diff_nums, batch_nums, num_microbatches
+            positional, diff_nums, batch_nums, num_microbatches, keywords
         )
         check_no_modules(params)
         names = argument_names(signature, batch)
@@ -255,20 +259,29 @@ def choose_arguments(
     argnums: Sequence[int],
     batch_argnums: Sequence[int],
     num_microbatches: int,
+    keywords: Iterable[str] = (),
 ) -> tuple[dict[int, Any], dict[int, Any]]:
-    """The arguments to differentiate, and the batch, by number."""
+    """The arguments to differentiate, and the batch, by number.
+
+    Arguments that ``loss_fn`` takes by keyword only have none; ``keywords`` names them.
+    """
     check_count("num_microbatches", num_microbatches, at_least=1)
     if num_microbatches == 1:
         # What is not cut may be anywhere, and have a gradient too.
         known = set(range(len(args))) - set(argnums)
         batch_argnums = [number for number in batch_argnums if number in known]
+    mend = (
+        "What it closes over cannot be differentiated, nor cut into microbatches: pass "
+        "it as an argument."
+    )
+    if names := ", ".join(keywords):
+        mend = f"`{names}` it takes by keyword only: take it by position, before a `*`."
     for option, numbers in (("argnums", argnums), ("batch_argnums", batch_argnums)):
         check_value(
             option,
             all(0 <= number < len(args) for number in numbers),
-            f"names arguments {tuple(numbers)}, but `loss_fn` was called with "
-            f"{len(args)} positional arguments. What it closes over cannot be "
-            "differentiated, nor cut into microbatches: pass it as an argument.",
+            f"names arguments {tuple(numbers)}, from 0, but `loss_fn` was called with "
+            f"{len(args)} positional arguments. {mend}",
         )
     params = {i: args[i] for i in argnums}
     batch = {i: args[i] for i in batch_argnums}

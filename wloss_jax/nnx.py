@@ -155,7 +155,7 @@ def value_and_grad(
     def value_and_grad_fn(*args: _P.args, **kwargs: _P.kwargs) -> tuple[Any, Any]:
         positional, keywords = by_position(signature, args, kwargs)
         differentiated, batch = choose_arguments(
-            positional, tuple(selects), batch_nums, num_microbatches
+            positional, tuple(selects), batch_nums, num_microbatches, keywords
         )
         if num_microbatches == 1:  # what is not cut may be a module too
             batch = {i: arg for i, arg in batch.items() if not _has_variables(arg)}

@@ -90,8 +90,12 @@ def constant_where_out(shares: jax.Array, logits: jax.Array) -> jax.Array:
 
 
 def infinite_where_out(loss: jax.Array, score: jax.Array) -> jax.Array:
-    """The ``loss``, and infinity, a constant, where the label's score is -infinity."""
-    return make_safe(loss, differs(score, -math.inf), math.inf)
+    """The ``loss``, and infinity, a constant, where the label's score is -infinity.
+
+    A loss that is NaN stays so.
+    """
+    stays = jax.lax.bitwise_or(differs(score, -math.inf), jax.lax.ne(loss, loss))
+    return make_safe(loss, stays, math.inf)
 
 
 def share_of_classes(logits: jax.Array) -> jax.Array:

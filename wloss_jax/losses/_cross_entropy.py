@@ -215,7 +215,8 @@ def softmax_cross_entropy_with_integer_labels(
       2022.
     """
     (logits,) = classes_last(axis, class_mask, logits=logits)
-    labels = check_labels(labels, logits.shape[:-1])
+    might_be_elsewhere = logits.shape if axis == -1 else ()
+    labels = check_labels(labels, logits.shape[:-1], might_be_elsewhere)
     check_number("label_smoothing", label_smoothing, 0, 1)
     check_number("z_loss", z_loss, 0)
     if ignore_index is not None:

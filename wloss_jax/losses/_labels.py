@@ -28,14 +28,25 @@ from wloss_jax.masks import (
 )
 
 
-def check_labels(labels: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
-    """Checks integer class labels against the shape of the elements."""
-    mend = (
-        f"must be integer classes of shape {shape}, one for each element; got "
-        "{}. One-hot labels are for `softmax_cross_entropy`."
-    )
+def check_labels(
+    labels: ArrayLike, shape: tuple[int, ...], of_logits: tuple[int, ...] = ()
+) -> jax.Array:
+    """Checks integer class labels against the shape of the elements.
+
+    Args:
+      labels: what came.
+      shape: of the elements.
+      of_logits: the shape of logits whose classes could be on another axis, if any.
+    """
     array = check_array("labels", labels)
-    came = mend.format(describe(array))
+    rest = "One-hot labels are for `softmax_cross_entropy`."
+    for i in range(len(of_logits) - 1):
+        if array.shape == of_logits[:i] + of_logits[i + 1 :]:
+            rest = f"If axis {i} of the logits is the classes, pass `axis={i}`."
+    came = (
+        f"must be integer classes of shape {shape}, one for each element; got "
+        f"{describe(array)}. {rest}"
+    )
     check_dtype("labels", array, int, came)
     check_shape("labels", array, shape, came)
     return check_array("labels", labels, int)
@@ -103,6 +114,9 @@ def own_class_weights(
     # A product of two weights is as precise as the sum that it goes into.
     dtype = jnp.result_type(class_weights, logits, jnp.float32)
     own = class_weights.astype(dtype).at[labels].get(mode="clip")
+    # A label out of range is there, whatever the weight of the class next to it.
+    is_class = (labels >= 0) & (labels < class_weights.size)
+    own = jnp.where(is_class, own, 1)
     if weights is None:
         return own
     weights = check_weights(weights)

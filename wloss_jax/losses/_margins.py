@@ -146,7 +146,7 @@ def soft_margin_loss(
 
 
 def _soft_margin_loss(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    short = -targets * logits
+    short = -(targets * logits)  # unsigned targets have no negatives of their own
     log_normalizer = jnp.log1p(jnp.exp(-smooth_abs(short)))
     return make_safe(short, short >= 0) + log_normalizer
 

@@ -65,7 +65,7 @@ def _multiclass_hinge_loss(scores: jax.Array, labels: jax.Array) -> jax.Array:
     classes = jax.lax.broadcasted_iota(labels.dtype, scores.shape, scores.ndim - 1)
     margins = scores + (classes != labels[..., None])
     score = score_of_label(scores, labels)
-    return infinite_where_out(margins.max(axis=-1) - score, score)
+    return infinite_where_out(margins.max(axis=-1) - _finite(score), score)
 
 
 @public_loss
@@ -107,7 +107,12 @@ def multiclass_perceptron_loss(
 
 def _multiclass_perceptron_loss(scores: jax.Array, labels: jax.Array) -> jax.Array:
     score = score_of_label(scores, labels)
-    return infinite_where_out(scores.max(axis=-1) - score, score)
+    return infinite_where_out(scores.max(axis=-1) - _finite(score), score)
+
+
+def _finite(score: jax.Array) -> jax.Array:
+    """The label's score, 0 where its class is out: infinity less itself is NaN."""
+    return make_safe(score, score != -math.inf)
 
 
 @public_loss

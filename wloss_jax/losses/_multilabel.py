@@ -28,7 +28,7 @@ from wloss_jax.losses._labels import (
 )
 from wloss_jax.losses._margins import hinge
 from wloss_jax.losses._masked import Reduction, guarded, public_loss
-from wloss_jax.masks import make_safe
+from wloss_jax.masks import is_label, make_safe
 from wloss_jax.means import WeightedMean
 
 
@@ -138,7 +138,8 @@ def multilabel_margin_loss(
 def _multilabel_margin_loss(scores: jax.Array, labels: jax.Array) -> jax.Array:
     shape = (*labels.shape, scores.shape[-1])  # a row for each label
     is_in = scores != -math.inf
-    is_there = jnp.cumsum(labels == -1, axis=-1) == 0  # what comes before the first -1
+    # What comes before the first -1, which unsigned labels have not.
+    is_there = jnp.cumsum(is_label(labels, -1), axis=-1) == 0
     classes = jax.lax.broadcasted_iota(labels.dtype, shape, labels.ndim)
     is_own = (classes == labels[..., None]) & is_there[..., None]
     others = is_in & ~is_own.any(axis=-2)
@@ -203,7 +204,9 @@ def multilabel_soft_margin_loss(
             costs *= of_classes(scales, costs)
         loss = make_safe(costs, counts).sum(axis=-1) / _count(is_in, logits)
         is_out = ((labels != 0) & ~is_in).any(axis=-1)
-        return make_safe(loss, ~is_out, math.inf)
+        # A class that is out costs infinity, or nothing; but NaN stays visible.
+        is_good = ((logits == logits) & (labels == labels)).all(axis=-1)
+        return make_safe(loss, ~is_out, math.inf) * nan_unless(is_good, loss.dtype)
 
     return guarded(elementwise, event_ndim=1, marks_nan=True)(
         logits, labels, **reduction

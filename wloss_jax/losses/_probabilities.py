@@ -114,7 +114,8 @@ def nll_loss(
       As ``torch.nn.NLLLoss``, whose ``ignore_index`` is -100.
     """
     (log_probs,) = classes_last(axis, class_mask, log_probs=log_probs)
-    labels = check_labels(labels, log_probs.shape[:-1])
+    might_be_elsewhere = log_probs.shape if axis == -1 else ()
+    labels = check_labels(labels, log_probs.shape[:-1], might_be_elsewhere)
     if ignore_index is not None:
         where = reduction.get("where")
         reduction["where"] = counted_labels(labels, ignore_index, where)
