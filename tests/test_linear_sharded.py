@@ -302,3 +302,100 @@ def test_memory_on_four_tpus(monkeypatch, layout, kind):
     )
     lowered = step.trace(*arrays).lower(lowering_platforms=("tpu",))
     assert lowered.compile().memory_analysis().temp_size_in_bytes < gib * 2**30
+
+
+# ------------------------------------- operands that differ over unlike mapped axes
+
+ROWS = np.random.default_rng(5)
+TOKENS = ROWS.normal(size=(8, 4)).astype(np.float32)
+TOKEN_LABELS = ROWS.integers(0, 11, 8)
+OWN_KERNEL = ROWS.normal(size=(4, 11)).astype(np.float32)
+SCALES = np.abs(ROWS.normal(size=(2, 11))).astype(np.float32)
+
+
+def scaled_loss(logits, scales):
+    return (jax.nn.log_softmax(logits) * scales).sum(-1)
+
+
+# Of `(rows, labels, scales, kernel, option)`, of which each has its own devices.
+OF_UNLIKE_AXES = {
+    "a loss that closes over it": lambda x, labels, scales, kernel, _: (
+        wl.linear_masked(lambda logits: scaled_loss(logits, scales))(x, kernel).total
+    ),
+    "an array of rows": lambda x, labels, scales, kernel, _: (
+        wl.linear_masked(scaled_loss)(
+            x, kernel, jnp.broadcast_to(scales, (len(x), 11))
+        ).total
+    ),
+    "weights": lambda x, labels, scales, kernel, _: (
+        wl.linear_softmax_cross_entropy(
+            x, kernel, labels, weights=scales[: len(x)], chunk_size=3
+        ).total
+    ),
+    "weights of a loss of one's own": lambda x, labels, scales, kernel, _: (
+        wl.linear_masked(lambda logits: scaled_loss(logits, np.arange(11.0)))(
+            x, kernel, weights=scales[: len(x)], where=scales[: len(x)] > 0.1
+        ).total
+    ),
+    "distributions": lambda x, labels, scales, kernel, _: (
+        wl.linear_softmax_cross_entropy_with_probabilities(
+            x, kernel, jnp.broadcast_to(scales, (len(x), 11))
+        ).total
+    ),
+    "options": lambda x, labels, scales, kernel, option: (
+        wl.linear_softmax_cross_entropy(
+            x, kernel, labels, z_loss=option, label_smoothing=option, softcap=1 + option
+        ).total
+    ),
+    "options of log-probabilities": lambda x, labels, scales, kernel, option: sum(
+        values.sum()
+        for values in wl.linear_log_probs(
+            x, kernel, labels, temperature=option, softcap=2.0, with_entropy=True
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("tokens_differ", [True, False])
+@pytest.mark.parametrize("name", OF_UNLIKE_AXES)
+def test_what_differs_over_more_axes_than_the_rest_is_added_up_once(
+    name, tokens_differ
+):
+    loss = OF_UNLIKE_AXES[name]
+    mesh = jax.make_mesh((2,), ("d",), (AxisType.Auto,), devices=jax.devices()[:2])
+    of_tokens = P("d") if tokens_differ else P()
+    rows = 4 if tokens_differ else 8
+
+    def over_devices(kernel, option):
+        def of_device(x, labels, scales, kernel, option):
+            return jax.lax.psum(loss(x, labels, scales[0], kernel, option), "d")
+
+        return jax.shard_map(
+            of_device,
+            mesh=mesh,
+            in_specs=(of_tokens, of_tokens, P("d"), P(), P()),
+            out_specs=P(),
+        )(TOKENS, TOKEN_LABELS, SCALES, kernel, option)
+
+    def one_after_another(kernel, option):
+        starts = (0, 4) if tokens_differ else (0, 0)
+        return sum(
+            loss(
+                TOKENS[i : i + rows], TOKEN_LABELS[i : i + rows], scales, kernel, option
+            )
+            for i, scales in zip(starts, SCALES, strict=True)
+        )
+
+    def derivatives(function):
+        """The first, and the second along one direction."""
+        gradient = jax.grad(function, (0, 1))
+        at = jnp.asarray(OWN_KERNEL), jnp.float32(0.5)
+        along = jnp.asarray(OWN_KERNEL[::-1]), jnp.float32(0.25)
+        return jax.jit(lambda: jax.jvp(gradient, at, along))()
+
+    # Sums of 88 terms of 1 in another order, and their second derivatives.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5),
+        derivatives(over_devices),
+        derivatives(one_after_another),
+    )

@@ -28,9 +28,10 @@ from wloss_jax._checks import (
     is_traced,
 )
 from wloss_jax._counting import WhatCounts
-from wloss_jax._devices import check_mapped
+from wloss_jax._devices import check_mapped, vary
 from wloss_jax.linear import _derivatives, _vmap  # noqa: F401  the primitives' rules
 from wloss_jax.linear._logits import LogitLoss, Task
+from wloss_jax.linear._primitives import varying
 from wloss_jax.linear._programs import largest_weight, losses_p, total_p
 from wloss_jax.means import WeightedMean
 
@@ -158,7 +159,11 @@ def mask_of(counts: WhatCounts) -> jax.Array:
 
 
 class Problem(NamedTuple):
-    """A loss of logits and all that it is made of: the operands of a primitive."""
+    """A loss of logits and all that it is made of: the operands of a primitive.
+
+    ``shared_varies`` says whether what is shared may be typed as differing over more
+    mapped axes than it came with.
+    """
 
     loss: LogitLoss
     features: jax.Array
@@ -168,9 +173,15 @@ class Problem(NamedTuple):
     shared: list[jax.Array]
     chunk_size: int | None = None
     vocab_axis_name: str | None = None
+    shared_varies: bool = True
 
     def bind(self, primitive: Any, mask: jax.Array, *rest: jax.Array) -> list[Any]:
-        """Calls the primitive."""
+        """Calls the primitive, with operands that differ over the same mapped axes.
+
+        A derivative inside of it, by what differs over fewer axes than the result does,
+        would be added up over devices there, and then once more outside. Over the axis
+        of the vocabulary operands differ as they came: results do not.
+        """
         task = Task(
             self.loss,
             len(self.arrays),
@@ -179,9 +190,14 @@ class Problem(NamedTuple):
             self.vocab_axis_name,
             cast(Any, jax.config).jax_default_matmul_precision,
         )
-        first = (self.features, self.kernel, self.bias, mask)
-        outs = primitive.bind(*first, *self.arrays, *self.shared, *rest, task=task)
-        return cast(list[Any], outs)
+        first = [self.features, self.kernel, self.bias, mask, *self.arrays]
+        axes = frozenset[str]().union(*map(varying, (*first, *self.shared, *rest)))
+        names = tuple(axes - {self.vocab_axis_name})
+        shared = self.shared
+        if self.shared_varies:
+            shared = [vary(x, names) for x in shared]
+        first, last = ([vary(x, names) for x in some] for some in (first, rest))
+        return cast(list[Any], primitive.bind(*first, *shared, *last, task=task))
 
 
 def values_of(

@@ -158,18 +158,17 @@ def linear_masked(
         check_static(chunk_size)
         x, kernel, bias = check_data(features, kernel, bias)
         rows = [_check_rows(i, array, x) for i, array in enumerate(arrays)]
-        loss, shared = _traced(loss_fn, x, kernel, bias, rows)
-        given = {
+        given: Named = {
             "features": x,
             "kernel": kernel,
             "bias": bias,
             "arrays": rows,
-            "shared": shared,
             "where": where,
             "lengths": lengths,
             "weights": weights,
             "segment_ids": segment_ids,
         }
+        loss, given["shared"] = _traced(loss_fn, x, kernel, rows, given)
         return _compiled(given, num_segments, loss, chunk_size)
 
     linear_loss.__name__ = getattr(loss_fn, "__name__", "linear_loss")
@@ -199,6 +198,7 @@ def _compiled(
             given["arrays"],
             given["shared"],
             chunk_size,
+            shared_varies=False,  # the jaxpr holds what brings it to the other axes
         )
         mean, _ = mean_of(problem, counts)
         return mean
@@ -224,13 +224,18 @@ def _traced(
     loss_fn: Callable[..., jax.Array],
     features: jax.Array,
     kernel: jax.Array,
-    bias: jax.Array,
     rows: list[jax.Array],
+    given: Named,
 ) -> tuple[UserLoss, list[jax.Array]]:
-    """The loss of one token as a jaxpr, and what it closes over."""
+    """The loss of one token as a jaxpr, and what it closes over.
+
+    It is traced for tokens that differ over all mapped axes that anything in ``given``
+    differs over, as those of the engine will.
+    """
     num_classes, token_ndim = kernel.shape[1], features.ndim - 1
     dtype = jnp.promote_types(features.dtype, jnp.float32)
-    axes = frozenset[str]().union(*map(varying, (features, kernel, bias, *rows)))
+    tracers = [x for x in jax.tree.leaves(given) if isinstance(x, jax.Array)]
+    axes = frozenset[str]().union(*map(varying, tracers))
 
     def types(n: int) -> list[jax.ShapeDtypeStruct]:
         shapes: list[tuple[tuple[int, ...], Any]] = [((n, num_classes), dtype)]
@@ -250,6 +255,10 @@ def _traced(
     check_shape("loss_fn", values, (some,), due)
     check_dtype("loss_fn", values, float, due)
     closed = jax.make_jaxpr(loss_fn)(*types(1))
+    of_consts = frozenset[str]().union(*map(varying, closed.consts))
+    if not of_consts <= axes:  # it closes over what differs over more axes
+        axes |= of_consts
+        closed = jax.make_jaxpr(loss_fn)(*types(1))
     specs = None
     shardings = [jax.typeof(const).sharding for const in closed.consts]
     mesh = jax.sharding.get_abstract_mesh()
