@@ -335,8 +335,8 @@ FAULTS = [
     Fault(
         "a label out of range weighs what the class next to it does",
         "losses/_labels",
-        "own = jnp.where(is_class, own, 1)",
-        "own = jnp.where(is_class, own, own)",
+        "own = make_safe(own, is_class, 1)",
+        "own = own * is_class + own * ~is_class",
         "test_classes",
         "out_of_range_is_there",
     ),

@@ -24,6 +24,7 @@ from wloss_jax._sums import sum_over
 from wloss_jax.masks import (
     expand_leading,
     is_label,
+    make_safe,
     select,
 )
 
@@ -116,7 +117,7 @@ def own_class_weights(
     own = class_weights.astype(dtype).at[labels].get(mode="clip")
     # A label out of range is there, whatever the weight of the class next to it.
     is_class = (labels >= 0) & (labels < class_weights.size)
-    own = jnp.where(is_class, own, 1)
+    own = make_safe(own, is_class, 1)
     if weights is None:
         return own
     weights = check_weights(weights)

@@ -197,16 +197,18 @@ def multilabel_soft_margin_loss(
 
     def elementwise(logits: jax.Array, labels: jax.Array) -> jax.Array:
         is_in = counts = logits != -math.inf
+        is_good = (logits == logits) & (labels == labels)
         if scales is not None:  # a class whose weight is 0 has no term
-            counts = is_in & (of_classes(scales, logits) != 0)
+            no_term = of_classes(scales, logits) == 0
+            counts, is_good = is_in & ~no_term, is_good | no_term
         costs = elementwise_cross_entropy(make_safe(logits, counts), labels)
         if scales is not None:
             costs *= of_classes(scales, costs)
         loss = make_safe(costs, counts).sum(axis=-1) / _count(is_in, logits)
         is_out = ((labels != 0) & ~is_in).any(axis=-1)
         # A class that is out costs infinity, or nothing; but NaN stays visible.
-        is_good = ((logits == logits) & (labels == labels)).all(axis=-1)
-        return make_safe(loss, ~is_out, math.inf) * nan_unless(is_good, loss.dtype)
+        mark = nan_unless(is_good.all(axis=-1), loss.dtype)
+        return make_safe(loss, ~is_out, math.inf) * mark
 
     return guarded(elementwise, event_ndim=1, marks_nan=True)(
         logits, labels, **reduction
