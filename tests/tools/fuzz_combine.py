@@ -165,8 +165,8 @@ def main(arguments=None):
     failed = 0
     for number in numbers:
         if number % 100 == 99:
-            # Each case compiles programs of its own. Kept, those of a thousand cases are
-            # more pieces of memory than Linux maps for one process.
+            # Each case compiles programs of its own. Kept, those of a thousand cases
+            # are more pieces of memory than Linux maps for one process.
             jax.clear_caches()
         found, program = run_case(seed, number)
         if found:
