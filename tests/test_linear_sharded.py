@@ -273,8 +273,9 @@ ON_TPU = {
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu")
-@pytest.mark.parametrize("layout", ON_TPU)
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    ("layout", "kind"), one_of_each(ON_TPU, [AxisType.Auto, AxisType.Explicit])
+)
 def test_memory_on_four_tpus(monkeypatch, layout, kind):
     """8192 tokens, of 4096 features and 128256 classes, in bfloat16."""
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
