@@ -25,3 +25,10 @@ def test_numbers_that_are_written_out():
     closed = jax.make_jaxpr(more)(1.0, 2.0)
     written = [jaxprs.written_out(closed, out) for out in closed.jaxpr.outvars]
     assert written == [None, None, 3.0, 4.0, 1.0, None, None]
+
+
+def test_constants_may_be_changed_afterwards():
+    offset = jnp.arange(3.0)
+    closed = jax.make_jaxpr(lambda x: x * offset)(offset)
+    (product,) = jaxprs.evaluated(closed.jaxpr, [offset + 1], offset)
+    np.testing.assert_array_equal(product, [0, 2, 6])

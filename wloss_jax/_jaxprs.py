@@ -36,10 +36,13 @@ def with_closed_over(
         return function(*arguments)
     constants = [change(constant) for constant in closed.consts]
     result: jax.Array
-    (result,) = jax.core.eval_jaxpr(
-        closed.jaxpr, constants, *jax.tree.leaves(arguments)
-    )
+    (result,) = evaluated(closed.jaxpr, constants, *jax.tree.leaves(arguments))
     return result
+
+
+def evaluated(jaxpr: Any, constants: Any, *arguments: Any) -> list[Any]:
+    """The results of what `jax.make_jaxpr` made, with constants of one's own."""
+    return jax.core.eval_jaxpr(jaxpr, constants, *arguments)
 
 
 def used_inputs(jaxpr: Any, *outputs: int) -> list[bool]:

@@ -12,8 +12,7 @@ all that stands on JAX's less public modules is in this file:
 - `jax.interpreters.ad`: the registries of jvp and transposition, and symbolic zeros;
 - `jax.interpreters.batching`: the registry of rules for `jax.vmap` that are told the
   axis (``fancy_primitive_batchers``);
-- ``manual_axis_type`` of the type of an array: over which mapped axes it varies;
-- `jax.core.eval_jaxpr`: what `jax.make_jaxpr` made, evaluated with other constants.
+- ``manual_axis_type`` of the type of an array: over which mapped axes it varies.
 
 When JAX moves one of these, the first tests to fail are those of
 ``tests/test_linear_primitives.py``, each of which uses one.
@@ -65,6 +64,7 @@ def make_primitive(name: str, function: Callable[..., list[jax.Array]]) -> Primi
         device = Device(jax.default_backend())
         return function(*map(jnp.asarray, arrays), device=device, **params)
 
+    # Shapes are the same on every platform, so that any device will do.
     def infer(*avals: Any, **params: Any) -> Any:
         on_device = functools.partial(function, device=Device("cpu"), **params)
         return jax.make_jaxpr(on_device)(*avals).out_avals
@@ -92,6 +92,7 @@ def _lowered_for(platform: str, ctx: Any) -> Device:
         return Device(platform, math.prod(left_out))
     if not isinstance(context, mlir.ShardingContext) or context.num_devices == 1:
         return Device(platform)
+    # Several meshes may have these devices; which one is meant is known if it is one.
     meshes = {aval.sharding.mesh for aval in ctx.avals_in if aval.ndim}
     meshes = {mesh for mesh in meshes if mesh.size == context.num_devices}
     if len(meshes) != 1:
@@ -155,11 +156,6 @@ def filled(tangent: Any) -> Any:
 def is_linear_input(array: Any) -> bool:
     """Whether this input of a rule for transposition is one to be solved for."""
     return bool(ad.is_undefined_primal(array))
-
-
-def evaluated(jaxpr: Any, consts: Any, *arguments: Any) -> list[Any]:
-    """The results of what `jax.make_jaxpr` made, with constants of one's own."""
-    return jax.core.eval_jaxpr(jaxpr, consts, *arguments)
 
 
 def varying(x: Any) -> frozenset[str]:

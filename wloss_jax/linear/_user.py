@@ -27,6 +27,7 @@ from wloss_jax._checks import (
 )
 from wloss_jax._counting import what_counts
 from wloss_jax._devices import jit_compiled, vary
+from wloss_jax._jaxprs import evaluated
 from wloss_jax._keywords import keywords_checked
 from wloss_jax.linear._arguments import (
     Named,
@@ -37,7 +38,7 @@ from wloss_jax.linear._arguments import (
     mean_of,
 )
 from wloss_jax.linear._logits import Arrays, Place
-from wloss_jax.linear._primitives import evaluated, varying, varying_type
+from wloss_jax.linear._primitives import varying, varying_type
 from wloss_jax.losses._labels import nan_unless
 from wloss_jax.means import WeightedMean
 
@@ -254,6 +255,8 @@ def _traced(
     check_value("loss_fn", hasattr(values, "shape"), due)
     check_shape("loss_fn", values, (some,), due)
     check_dtype("loss_fn", values, float, due)
+    # Then for one token, which the engine maps over the others: what couples tokens, a
+    # mean over them say, couples one with itself, in a chunk of any size.
     closed = jax.make_jaxpr(loss_fn)(*types(1))
     of_consts = frozenset[str]().union(*map(varying, closed.consts))
     if not of_consts <= axes:  # it closes over what differs over more axes
