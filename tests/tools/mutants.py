@@ -150,7 +150,7 @@ FAULTS = [
     Fault(
         "smoothing has a slope by a label that is out",
         "losses/_cross_entropy",
-        "target = make_safe(score, score != -math.inf)",
+        "target = finite_score(score)",
         "target = score",
         "test_classes",
         "no_slope_where and smoothed",
@@ -335,8 +335,8 @@ FAULTS = [
     Fault(
         "a label out of range weighs what the class next to it does",
         "losses/_labels",
-        "own = make_safe(own, is_class, 1)",
-        "own = own * is_class + own * ~is_class",
+        "make_safe(own, is_class_of(labels, class_weights.size), 1)",
+        "own",
         "test_classes",
         "out_of_range_is_there",
     ),
@@ -407,7 +407,7 @@ FAULTS = [
     Fault(
         "a label of -1 wraps",
         "losses/_labels",
-        "return nan_unless((labels >= 0) & (labels < num_classes))",
+        "return nan_unless(is_class_of(labels, num_classes))",
         "return nan_unless(labels < num_classes)",
         GRID,
         "label_out_of_range and perceptron",

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from wloss_jax.linear._logits import Place
-from wloss_jax.losses._labels import nan_unless_class
+from wloss_jax.losses._labels import is_class_of, nan_unless_class
 
 
 def log_sum_exp(logits: jax.Array, place: Place) -> tuple[jax.Array, jax.Array]:
@@ -16,6 +16,8 @@ def log_sum_exp(logits: jax.Array, place: Place) -> tuple[jax.Array, jax.Array]:
     ``exp(logits - largest)``, 0 where all classes are out. Beside large logits the
     digits of the second are lost.
     """
+    # Shifted by the largest, no exponential overflows; a shift has no gradient, as what
+    # it takes out it adds again.
     top = place.largest(logits.max(axis=-1))
     top = jnp.where(jnp.isfinite(top), top, 0)
     total = place.add(jnp.exp(logits - top[:, None]).sum(axis=-1))
@@ -34,6 +36,7 @@ def entropy_of(
 
     ``log(sum_v e_v) + sum_v e_v (top - x_v) / sum_v e_v`` with ``e_v = exp(x_v - top)``
     """
+    # A class that is out has a share of exp(-0) * 0 here, which is 0 and not NaN.
     below = jnp.where(logits == -jnp.inf, 0, top[:, None] - logits)
     spread = place.add((jnp.exp(-below) * below).sum(axis=-1))
     return log_sum + spread * jnp.exp(-log_sum)
@@ -60,6 +63,7 @@ def is_first_of_largest(
     behind_all = jnp.int32(place.num_classes(logits))
     predicted = jnp.where(own_top == place.largest(own_top), predicted, behind_all)
     predicted = -place.largest(-predicted)
+    # Of a label out of range nobody can say whether it was predicted.
     is_class = nan_unless_class(labels, place.num_classes(logits))
     return (predicted == labels).astype(logits.dtype) * is_class.astype(logits.dtype)
 
@@ -113,6 +117,7 @@ def row_of_label(of_classes: jax.Array, labels: jax.Array, place: Place) -> jax.
     """The entry of ``[V]`` that belongs to each label; 1 for a label out of range."""
     columns = of_classes[None]
     own = labels - jnp.asarray(place.first_class(columns)).astype(labels.dtype)
+    # A negative index would count from the end, instead of being out of range.
     own = jnp.where(own < 0, of_classes.size, own)
     row = place.add(of_classes.at[own].get(mode="fill", fill_value=0))
-    return jnp.where((labels >= 0) & (labels < place.num_classes(columns)), row, 1)
+    return jnp.where(is_class_of(labels, place.num_classes(columns)), row, 1)

@@ -21,7 +21,7 @@ from wloss_jax.linear._classes import (
     score_of_label,
 )
 from wloss_jax.linear._logits import Arrays, Place
-from wloss_jax.losses._classes import constant_where_out
+from wloss_jax.losses._classes import constant_where_out, finite_score
 from wloss_jax.losses._labels import nan_unless_class
 
 
@@ -79,6 +79,7 @@ class Softmax:
         temperature = self.option("temperature", shared)
         if softcap is not None:
             capped = bounded if temperature is None else bounded * temperature
+            # The derivative of tanh is 1 less its square.
             within = 1 - (capped / softcap) ** 2
             slope = slope * jnp.where(bounded == -jnp.inf, 0, within)
         if temperature is not None:
@@ -113,7 +114,7 @@ class CrossEntropy(Softmax):
         logits = self.bounded(logits, arrays, shared)
         top, log_sum = log_sum_exp(logits, place)
         score = score_of_label(logits, arrays[0], place) - top
-        target, residuals = _finite(score), [top, log_sum]
+        target, residuals = finite_score(score), [top, log_sum]
         if smoothing is not None:
             count, mean = mean_of_classes(logits, top, place)
             target = (1 - smoothing) * target + smoothing * mean
@@ -142,6 +143,8 @@ class CrossEntropy(Softmax):
         smoothing = self.option("label_smoothing", shared)
         z_loss = self.option("z_loss", shared)
         logits = self.bounded(logits, arrays, shared)
+        # The log-sum-exp was kept, two numbers a token, so that only exponentials are
+        # made again. A label out of range makes NaN of all of its token's slope.
         top, log_sum = residuals[:2]
         of_label = weights[0] * nan_unless_class(arrays[0], place.num_classes(logits))
         slope = jnp.exp(log_probs_of(logits, top, log_sum))
@@ -186,7 +189,7 @@ class SoftCrossEntropy(Softmax):
         scores = labels * jnp.where(gone, 0, logits - top[:, None])
         score = place.add(scores.sum(axis=-1))
         mass = place.add(labels.sum(axis=-1))
-        target, residuals = _finite(score), [top, log_sum, mass]
+        target, residuals = finite_score(score), [top, log_sum, mass]
         if smoothing is not None:
             count, mean = mean_of_classes(logits, top, place)
             target = (1 - smoothing) * target + smoothing * mean
@@ -249,6 +252,7 @@ class LogProbs(Softmax):
         logits = self.bounded(logits, arrays, shared)
         top, log_sum = log_sum_exp(logits, place)
         score = score_of_label(logits, arrays[0], place) - top
+        # Chosen rather than computed: a label that is out has no derivative.
         log_prob = jnp.where(score == -jnp.inf, -jnp.inf, score - log_sum)
         if not self.with_entropy:
             return [log_prob], [top, log_sum]
@@ -275,8 +279,3 @@ class LogProbs(Softmax):
         slope = jnp.where(logits == -jnp.inf, 0, -jnp.exp(log_probs) * factor)
         slope = add_to_label(slope, of_label, logits, arrays[0], place)
         return self.by_logits(slope, logits, shared)
-
-
-def _finite(score: jax.Array) -> jax.Array:
-    """The score of a label, and 0 where the label is out."""
-    return jnp.where(score == -jnp.inf, 0, score)

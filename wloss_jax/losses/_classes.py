@@ -53,6 +53,7 @@ def log_normalizer(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     Apart, ``logits`` less the one and then the other keep more digits than less both.
     Where all classes are out it is -infinity, with a gradient of 0.
     """
+    # The gradient of the maximum would cancel: what is taken out is added again.
     highest = jax.lax.stop_gradient(logits).max(axis=-1)
     shift = make_safe(highest, jax.lax.is_finite(highest))
     total = jax.lax.exp(logits - shift[..., None]).sum(axis=-1)
@@ -96,6 +97,11 @@ def infinite_where_out(loss: jax.Array, score: jax.Array) -> jax.Array:
     """
     stays = jax.lax.bitwise_or(differs(score, -math.inf), jax.lax.ne(loss, loss))
     return make_safe(loss, stays, math.inf)
+
+
+def finite_score(score: jax.Array) -> jax.Array:
+    """The label's score, 0 where its class is out: infinity less itself is NaN."""
+    return make_safe(score, differs(score, -math.inf))
 
 
 def share_of_classes(logits: jax.Array) -> jax.Array:

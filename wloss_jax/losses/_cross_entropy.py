@@ -19,6 +19,7 @@ from wloss_jax._checks import (
 from wloss_jax.losses._classes import (
     classes_last,
     constant_where_out,
+    finite_score,
     finite_unless_due,
     infinite_where_out,
     log_normalizer,
@@ -111,6 +112,7 @@ def _softmax_cross_entropy(
         labels = jnp.where(logits != -math.inf, smoothed, labels)
     if class_weights is not None:
         scales = of_classes(class_weights, logits)
+        # A class of weight 0 has no term, be its label NaN.
         labels = make_safe(labels * scales, scales != 0)
     return _expected_cost(log_probabilities(logits), labels)
 
@@ -242,7 +244,7 @@ def _integer_cross_entropy(
     shift, log_total = log_normalizer(logits)
     lse = shift + log_total
     score = score_of_label(logits, labels)
-    target = make_safe(score, score != -math.inf)
+    target = finite_score(score)
     if not is_zero(label_smoothing):
         target += label_smoothing * (mean_of_classes(logits) - target)
     loss = infinite_where_out(lse - target, score)
@@ -341,5 +343,6 @@ def _poly_loss_cross_entropy(
 ) -> jax.Array:
     labels = constant_where_out(labels, logits)
     log_probs = log_probabilities(logits)
+    # Of a class that is out the exponential is 0: it is missed whole, at no gradient.
     missed = (labels * (1 - jnp.exp(log_probs))).sum(axis=-1)
     return _expected_cost(log_probs, labels) + epsilon * missed

@@ -55,7 +55,12 @@ def check_labels(
 
 def nan_unless_class(labels: jax.Array, num_classes: int) -> jax.Array:
     """Gives 1 for a label in range and NaN for one that is not, as a factor."""
-    return nan_unless((labels >= 0) & (labels < num_classes))
+    return nan_unless(is_class_of(labels, num_classes))
+
+
+def is_class_of(labels: jax.Array, num_classes: int) -> jax.Array:
+    """Whether each label is in range."""
+    return (labels >= 0) & (labels < num_classes)
 
 
 def nan_unless(condition: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
@@ -116,8 +121,7 @@ def own_class_weights(
     dtype = jnp.result_type(class_weights, logits, jnp.float32)
     own = class_weights.astype(dtype).at[labels].get(mode="clip")
     # A label out of range is there, whatever the weight of the class next to it.
-    is_class = (labels >= 0) & (labels < class_weights.size)
-    own = make_safe(own, is_class, 1)
+    own = make_safe(own, is_class_of(labels, class_weights.size), 1)
     if weights is None:
         return own
     weights = check_weights(weights)
@@ -168,6 +172,7 @@ def _gather_label(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def _compare_label(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    # Of a label out of range no class is its own: the score is 0, and so is its slope.
     classes = jax.lax.broadcasted_iota(labels.dtype, logits.shape, logits.ndim - 1)
     is_own = classes == jax.lax.broadcast_in_dim(
         labels, logits.shape, range(labels.ndim)

@@ -11,7 +11,11 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from wloss_jax.losses._classes import classes_last, infinite_where_out
+from wloss_jax.losses._classes import (
+    classes_last,
+    finite_score,
+    infinite_where_out,
+)
 from wloss_jax.losses._labels import (
     check_labels,
     nan_unless_class,
@@ -65,7 +69,7 @@ def _multiclass_hinge_loss(scores: jax.Array, labels: jax.Array) -> jax.Array:
     classes = jax.lax.broadcasted_iota(labels.dtype, scores.shape, scores.ndim - 1)
     margins = scores + (classes != labels[..., None])
     score = score_of_label(scores, labels)
-    return infinite_where_out(margins.max(axis=-1) - _finite(score), score)
+    return infinite_where_out(margins.max(axis=-1) - finite_score(score), score)
 
 
 @public_loss
@@ -107,12 +111,7 @@ def multiclass_perceptron_loss(
 
 def _multiclass_perceptron_loss(scores: jax.Array, labels: jax.Array) -> jax.Array:
     score = score_of_label(scores, labels)
-    return infinite_where_out(scores.max(axis=-1) - _finite(score), score)
-
-
-def _finite(score: jax.Array) -> jax.Array:
-    """The label's score, 0 where its class is out: infinity less itself is NaN."""
-    return make_safe(score, score != -math.inf)
+    return infinite_where_out(scores.max(axis=-1) - finite_score(score), score)
 
 
 @public_loss
@@ -174,6 +173,7 @@ def _with_labels(
     (scores,) = classes_last(-1, class_mask, scores=scores)
     labels = check_labels(labels, scores.shape[:-1])
 
+    # A factor, so that the gradient of all the element's scores is NaN too.
     def elementwise(scores: jax.Array, labels: jax.Array) -> jax.Array:
         return loss_fn(scores, labels) * nan_unless_class(labels, scores.shape[-1])
 

@@ -16,10 +16,15 @@ from wloss_jax._checks import (
     is_number,
 )
 from wloss_jax.losses._binary import elementwise_cross_entropy
-from wloss_jax.losses._classes import classes_last, infinite_where_out
+from wloss_jax.losses._classes import (
+    classes_last,
+    finite_score,
+    infinite_where_out,
+)
 from wloss_jax.losses._labels import (
     check_class_weights,
     check_labels,
+    is_class_of,
     nan_unless,
     nan_unless_class,
     of_classes,
@@ -89,8 +94,7 @@ def _multi_margin_loss(
     classes = jax.lax.broadcasted_iota(labels.dtype, scores.shape, scores.ndim - 1)
     is_in = scores != -math.inf
     score = score_of_label(scores, labels)
-    finite = make_safe(score, score != -math.inf)
-    short = margin - finite[..., None] + make_safe(scores, is_in)
+    short = margin - finite_score(score)[..., None] + make_safe(scores, is_in)
     counts = (classes != labels[..., None]) & is_in
     short = make_safe(hinge(short, slope_at_0=0), counts)
     loss = (short**p).sum(axis=-1) / _count(is_in, scores)
@@ -143,13 +147,14 @@ def _multilabel_margin_loss(scores: jax.Array, labels: jax.Array) -> jax.Array:
     classes = jax.lax.broadcasted_iota(labels.dtype, shape, labels.ndim)
     is_own = (classes == labels[..., None]) & is_there[..., None]
     others = is_in & ~is_own.any(axis=-2)
+    # All pairs of a label and a class, [V, V] for each element.
     each = jnp.broadcast_to(make_safe(scores, is_in)[..., None, :], shape)
     own = make_safe(each, is_own).sum(axis=-1)
     short = hinge(1 - own[..., None] + each, slope_at_0=0)
     counts = is_there[..., None] & others[..., None, :]
     loss = make_safe(short, counts).sum(axis=(-2, -1)) / _count(is_in, scores)
     is_out = (is_own & ~is_in[..., None, :]).any(axis=(-2, -1))
-    is_class = (labels >= 0) & (labels < scores.shape[-1])
+    is_class = is_class_of(labels, scores.shape[-1])
     # Of no labels the loss is 0, whatever the scores; but NaN stays visible.
     is_good = ((is_class | ~is_there) & (scores == scores)).all(axis=-1)
     return make_safe(loss, ~is_out, math.inf) * nan_unless(is_good, loss.dtype)
