@@ -469,7 +469,7 @@ def test_an_eager_call_runs_one_compiled_program(case):
 
 
 @every_loss
-def test_losses_melt_into_a_callers_jit(case):
+def test_losses_are_inlined_into_a_callers_jit(case):
     arrays, keywords = grid.pad(grid.ragged(case, 0, [L] * B), L)
     # Lowered, not only traced: jax 0.12 inlines late.
     lowered = jax.jit(lambda *arrays: case.loss(*arrays, **keywords)).lower(*arrays)

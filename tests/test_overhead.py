@@ -1,7 +1,7 @@
 """What a loss costs beside its arithmetic: to trace it, and to call it eagerly.
 
 How long that takes, `benchmarks.trace_time` and `benchmarks.eager` measure; here is
-what it hangs on, and what no other program on the machine can disturb.
+what it depends on, and what no other program on the machine can disturb.
 """
 
 import logging

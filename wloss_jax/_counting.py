@@ -67,6 +67,8 @@ class WhatCounts:
         if self.weights is not None:
             dtype = jnp.result_type(dtype, self.weights)
         values = convert(values, dtype)
+        # The inputs of a loss were made safe, and still it may have made NaN of them:
+        # 0 times that is NaN, so it is replaced, not multiplied.
         if self.mask is not None:
             values = make_safe(values, self.mask)
         if self.weights is None:
@@ -126,6 +128,7 @@ def what_counts(
     expanded = None
     if weights is not None:
         expanded = expand_leading("weights", check_weights(weights), shape)
+        # An element that counts zero times is not there, be it NaN.
         is_there = expanded != 0
         mask = is_there if mask is None else mask & is_there
     return WhatCounts(
@@ -174,6 +177,8 @@ def _count_mask(mask: jax.Array, dtype: Any) -> jax.Array:
     def row_by_row(mask: jax.Array) -> jax.Array:
         if not is_below(size, 2**31):
             return sum_over(convert(mask, dtype), range(mask.ndim))
+        # A floating sum is the fast one, and exact as long as a row is short; rows are
+        # then added up as integers, which are exact for longer.
         exact = jnp.float32 if is_below(size, 2**24 + 1) else jnp.int32
         counts = sum_over(convert(mask, exact), [len(rows)] if mask.ndim else [])
         return _add_counts(convert(counts, jnp.int32), size, dtype)
@@ -187,6 +192,7 @@ def _count_mask(mask: jax.Array, dtype: Any) -> jax.Array:
 def _count_lengths(lengths: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """Counts what `wloss_jax.length_mask` marks, without looking at a mask."""
     size, *rest = shape[lengths.ndim :]
+    # Cut as the mask cuts them: a length may be negative, or past the end.
     none, all_of_them = (jnp.asarray(n, lengths.dtype) for n in (0, size))
     counts = convert(jax.lax.clamp(none, lengths, all_of_them), jnp.int32)
     return _add_counts(counts, size, dtype, times=math.prod(rest))
@@ -214,6 +220,8 @@ def _add_counts(
     if is_below(counts.size * most * times, 2**31):
         total = sum_over(counts, range(counts.ndim))
         return convert(total if times == 1 else total * times, dtype)
+    # The last axes are added up first, as integers; `fitting` are as many of them as
+    # an int32 has room for. What is left are few numbers, added up as floating ones.
     fitting = [
         axis
         for axis in range(counts.ndim)

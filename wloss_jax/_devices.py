@@ -50,6 +50,8 @@ def compiled_by_option(function: _Function) -> _Function:
         if p.kind is keyword_only and p.name not in _DATA
     }
 
+    # One jit for each set of options that came as numbers: which arguments are static
+    # is said once for a jit, and here it depends on the call.
     @functools.cache
     def jitted(static: tuple[str, ...]) -> Callable[..., Any]:
         anywhere = on_auto_axes(function)
@@ -66,6 +68,7 @@ def compiled_by_option(function: _Function) -> _Function:
         given = names_of(len(args), tuple(kwargs))
         static = []
         for name, value in zip(given, (*args, *kwargs.values()), strict=True):
+            # The most common case first: this loop runs on every eager call.
             if isinstance(value, jax.Array):
                 continue
             if name in options and not isinstance(value, np.ndarray):
@@ -143,6 +146,7 @@ def align_rows(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 def _reshard(array: jax.Array, first: jax.Array, spec: PartitionSpec) -> jax.Array:
     """Shards ``array`` on the mesh of ``first``."""
+    # In a trace the type holds an abstract mesh, without the devices.
     mesh: Any = jax.typeof(first).sharding.mesh
     resharded: jax.Array
     if isinstance(first, jax.core.Tracer):
@@ -178,6 +182,8 @@ def on_auto_axes(function: Callable[..., Any], specs: Any = None) -> Callable[..
         mesh = explicit_mesh((args, kwargs))
         if mesh is None:
             return function(*args, **kwargs)
+        # `auto_axes` takes arrays alone: a number or a switch is put back in its place
+        # inside.
         leaves, tree = jax.tree.flatten((args, kwargs))
         is_array = [isinstance(leaf, jax.Array) for leaf in leaves]
 
@@ -231,6 +237,7 @@ def psum(tree: _Tree, axis_name: AxisName) -> _Tree:
     """`jax.lax.psum` of arrays, whether or not they differ between the devices."""
     if not axis_names(axis_name):
         return tree
+    # With `check_vma` JAX refuses to add up what is the same on all devices.
     varying = jax.tree.map(lambda x: vary(x, axis_name), tree)
     return cast(_Tree, jax.lax.psum(varying, axis_name))
 
@@ -243,6 +250,7 @@ def vary(array: jax.Array, axis_name: AxisName) -> jax.Array:
     vary is summed over the devices by itself. An array that varies escapes both. Where
     nothing tracks what varies (``check_vma`` off, `jax.vmap`), nothing happens.
     """
+    # The axes of a `jax.shard_map`; that of a `jax.vmap` is none of them.
     mapped = jax.sharding.get_abstract_mesh().manual_axes
     varying = jax.typeof(array).manual_axis_type.varying
     missing = tuple(
@@ -288,6 +296,7 @@ def from_first(array: jax.Array, axis_name: AxisName) -> jax.Array:
     names = tuple(name for name in axis_names(axis_name) if name in varying)
     if not names:
         return array
+    # A sum in which all but one are 0: JAX knows of a sum that it is alike everywhere.
     is_first = jax.lax.axis_index(names) == 0
     return psum(jnp.where(is_first, array, jnp.zeros_like(array)), names)
 

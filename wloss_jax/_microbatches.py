@@ -120,6 +120,8 @@ class _Loss:
 
         With a ``cut``, whose only microbatch it is, the aux has a microbatch's shapes.
         """
+        # On one device the parts are those of the whole batch as they are: then nothing
+        # has to be told apart, and the loss is not traced for that.
         sizes = self._doubled(state, batch, asked=bool(self.axes) or cut is not None)
         back, (parts, aux, state) = self._forward_and_back(state, batch)
         places = places_of_parts(parts, sizes)
@@ -130,7 +132,7 @@ class _Loss:
         slope_places = _choose(places, have_slopes(parts))
         grads = back(self._own_slopes(slopes, slope_places))
         aux_places = places_of_aux(aux, sizes, arrays=cut is not None)
-        if cut is not None:
+        if cut is not None:  # a stack of one microbatch
             stacked = jax.tree.map(lambda x: jnp.asarray(x)[None], aux)
             aux = put_aux_together(cut, [stacked], aux_places)
         return Outcome(
@@ -173,6 +175,9 @@ class _Loss:
             groups = cut.scan(step, state)[1] if any(wanted) else []
             return put_together(groups, wanted)
 
+        # Early is what the slopes depend on, which must be known before microbatches
+        # are differentiated: of a mean its weight, of a contrastive loss all rows. Late
+        # is the rest, which comes with the gradient and costs no evaluation of its own.
         shapes = jax.eval_shape(lambda: look([True] * len(places)))
         early = needed(lambda whole: self._differentiate(treedef, whole)[1], shapes)
         late = [not flag for flag in early]
@@ -185,6 +190,8 @@ class _Loss:
                     for flag, place in zip(early, places, strict=True)
                 ],
             )
+        # Zeros stand for what is late: no slope depends on them. The value does, and is
+        # made again below.
         whole = _fill(early, look(early), map(_zeros, _choose(shapes, late)))
         value, slopes, direct = self._differentiate(treedef, whole)
         slope_places = _choose(places, have_slopes(parts))
@@ -202,6 +209,7 @@ class _Loss:
                     for slope, place in zip(slopes, slope_places, strict=True)
                 ]
             )
+            # In float32 at least: of many small gradients, bfloat16 loses most.
             so_far = jax.tree.map(
                 lambda x, grad: x + grad.astype(x.dtype), so_far, grads
             )
@@ -264,6 +272,7 @@ class _Loss:
         if not rows:
             return None
 
+        # The rows twice over are rows that the loss can take, whatever they hold.
         def double(leaf: Any) -> jax.Array:
             return jnp.concatenate([jnp.asarray(leaf)] * 2)
 
@@ -309,6 +318,8 @@ class _Loss:
 
     def _add_gradients(self, grads: PyTree, direct: PyTree) -> PyTree:
         """Adds up what came through the parts, and a share of what did not."""
+        # What comes from `combine` itself each device has whole: of the sum over the
+        # devices it must be a share.
         share = 1 / count_devices(self.axes)
 
         def add(param: jax.Array, grad: jax.Array, direct: jax.Array) -> jax.Array:

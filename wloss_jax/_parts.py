@@ -90,6 +90,7 @@ def differentiate(
     """The combined loss, the slopes of its parts, and its own of the parameters."""
 
     def loss(arrays: list[jax.Array], params: PyTree) -> jax.Array:
+        # Rows meet each other in a loss of pairs: each device needs all of them.
         whole = jax.tree.map(
             lambda x: x if is_mean(x) else unsharded_rows(x),
             with_sloped(parts, arrays),
@@ -196,6 +197,8 @@ def checks_and_combine(
     )
 
     def combine_parts(parts: PyTree, *params: PyTree) -> Any:
+        # Asked afterwards, as a signature is not to be had of every function, and one
+        # of too few arguments is the mistake that people make.
         try:
             return combine(parts, *params)
         except TypeError:
@@ -248,6 +251,7 @@ def sum_of_means(coefficients: Mapping[str, ArrayLike] | None) -> Combine:
             f"names {list(factors)}, but the terms that `loss_fn` returns are "
             f"{list(terms)}; a lone `WeightedMean` has no name.",
         )
+        # Each mean is divided by its own weight, of the whole batch, before the sum.
         loss: jax.Array = jnp.float32(0)
         for name, term in terms.items() if terms else [("", value)]:
             for mean in jax.tree.leaves(term, is_leaf=is_mean):

@@ -66,6 +66,7 @@ class Sizes:
         other = self._other_shapes[kind][index]
         if other == shape:
             return None
+        # Exactly one axis has the size of the batch in both, and no other changes.
         for axis, size in enumerate(shape):
             changed = (*shape[:axis], self.others, *shape[axis + 1 :])
             if size == self.rows and other == changed:
@@ -76,6 +77,7 @@ class Sizes:
 
     def is_rows(self, leaf: Any, index: int) -> bool:
         """Whether axis 0 of this leaf of the parts is the batch."""
+        # Where nothing is divided, the size alone must do.
         if leaf.shape[0] != self.rows or self._evaluate is None:
             return bool(leaf.shape[0] == self.rows)
         try:
@@ -92,7 +94,7 @@ def places_of_parts(parts: PyTree, sizes: Sizes | None) -> list[Place]:
         name = f"parts{jax.tree_util.keystr(path)}"
         if is_mean(leaf):
             place = place_of_mean(name, leaf, sizes, PARTS, i)
-            places += [place, place]
+            places += [place, place]  # of the total and of the weight
             continue
         if sizes is not None:
             check_value(
@@ -160,6 +162,7 @@ def check_weights(
 
 def _fixed_weights(parts_of: Callable[[Any], PyTree], batch: Any) -> dict[int, float]:
     """The weights that are written out, of totals that see the batch, by index."""
+    # A total that does not see the batch, a penalty say, has a weight of 1 by right.
     closed, parts = jax.make_jaxpr(parts_of, return_shape=True)(batch)
     weights = {
         i: written_out(closed, closed.jaxpr.outvars[i]) for i in weight_indices(parts)

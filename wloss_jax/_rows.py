@@ -37,6 +37,7 @@ class Cut:
     @property
     def groups(self) -> list[tuple[int, int, int]]:
         """First microbatch, last one exclusive, and rows in each: longer ones first."""
+        # Two scans at most: within a scan all microbatches have one shape.
         rows, longer = divmod(self.size, self.count)
         groups = [(0, longer, rows + 1), (longer, self.count, rows)]
         return [group for group in groups if group[0] < group[1]]
@@ -138,8 +139,8 @@ def cut_batch(batch: PyTree, count: int) -> Cut:
     check_known(
         "num_microbatches",
         (size,),
-        f"how the batch is cut into {count} hangs on its size. Export one program for "
-        "each size, or leave `num_microbatches` at 1.",
+        f"how the batch is cut into {count} depends on its size. Export one program "
+        "for each size, or leave `num_microbatches` at 1.",
     )
     return Cut(size, max(1, min(count, size)))
 

@@ -178,6 +178,7 @@ def value_and_grad(
     @functools.wraps(loss_fn)
     def value_and_grad_fn(*args: _P.args, **kwargs: _P.kwargs) -> tuple[Any, Any]:
         positional, keywords = by_position(signature, args, kwargs)
+        # Negative numbers count from the end of what came, as in `jax.value_and_grad`.
         diff_nums, batch_nums = (
             tuple(i + len(args) if i < 0 else i for i in numbers)
             for numbers in (wanted_nums, cut_nums)
@@ -191,6 +192,7 @@ def value_and_grad(
         def evaluate(
             params: dict[int, PyTree], _: None, batch: dict[str, PyTree]
         ) -> tuple[Any, Any, None]:
+            # The engine knows parameters and batch; all else stays as it came.
             replaced = params | {i: batch[name] for i, name in names.items()}
             full = [replaced.get(i, arg) for i, arg in enumerate(positional)]
             try:

@@ -72,7 +72,7 @@ def length_mask(lengths: ArrayLike, size: int) -> jax.Array:
     is_small = not is_symbolic(size) and size <= _LARGEST_TABLE
     arange = np.arange if is_small else jnp.arange
     positions = arange(1, size + 1, dtype=np.int32)
-    if lengths.dtype != jnp.int32:  # cut, lest a length of 2**32 - 1 be one of -1
+    if lengths.dtype != jnp.int32:  # cut, or a length of 2**32 - 1 would be -1
         lengths = jnp.clip(lengths, 0, size).astype(jnp.int32)
     shape, leading = (*lengths.shape, size), range(lengths.ndim)
     mask: jax.Array = jax.lax.le(

@@ -185,6 +185,8 @@ def value_and_grad(
             params: tuple[Any, Any], state: Any, batch: dict[str, Any]
         ) -> tuple[Any, Any, Any]:
             arrays, variables = params
+            # Copies, so that what the loss does to a variable stays in this trace, and
+            # leaves it as the state that is returned.
             merged = nnx.merge(graphdef, variables, state, constants, copy=True)
             by_number = arrays | merged[0] | merged[1]
             by_number |= {i: batch[name] for i, name in names.items()}
@@ -213,6 +215,7 @@ def value_and_grad(
             num_microbatches=num_microbatches,
             axis_name=axis_name,
         )
+        # Only now do the modules that were passed change, once.
         nnx.update(nodes, outcome.state)
         by_number = outcome.grads[0] | dict(outcome.grads[1].get(0, {}))
         grads = tuple(by_number.get(i, nnx.State({})) for i in selects)

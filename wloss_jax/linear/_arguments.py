@@ -62,6 +62,7 @@ def split_options(
         check_number(name, value, **_LIMITS.get(name, {}))
         if is_traced(value):
             traced[name] = value
+        # A number that does nothing is left out, so that it costs nothing either.
         elif value != _NEUTRAL.get(name):
             fixed.append((name, float(cast(float, value))))
     return tuple(fixed), traced
@@ -120,6 +121,7 @@ def check_data(
             "`softmax_cross_entropy_with_integer_labels` say.",
         )
     check_value("kernel", kernel.size > 0, f"{due} D and V are at least 1.")
+    # One program for both: the addition is a small part of the product before it.
     if bias is None:
         bias = jnp.zeros(kernel.shape[1:], jnp.float32)
     bias = check_array("bias", bias, float)
@@ -215,6 +217,8 @@ def mean_of(
 ) -> tuple[WeightedMean, list[jax.Array]]:
     """The mean of the loss, and the residuals of each token."""
     mask = mask_of(counts)
+    # Sums by segment need the loss of each token; one total of all does not, and its
+    # gradient comes in the same sweep.
     if counts.segment_ids is not None:
         (loss,), residuals = values_of(problem, mask)
         return reduced(loss, counts), residuals
@@ -222,6 +226,8 @@ def mean_of(
     weight = reduced(weights, counts).weight
     if counts.weights is not None:
         weights = counts.weights.astype(weight.dtype)
+    # In float16 weights are divided by the largest before the sweep, and the total is
+    # multiplied by it behind: else a weight of 1e-9 would be none.
     largest = largest_weight(problem.features.dtype, [weights], mask)
     total, *residuals = problem.bind(total_p, mask, weights / largest)
     residuals = jax.lax.stop_gradient(residuals)

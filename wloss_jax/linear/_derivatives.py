@@ -86,6 +86,7 @@ def _tangents_transpose(
         operands[task.num_operands : first],
     )
     cotangents = [filled(ct) for ct in cotangents]
+    # The cotangent of each token is its weight: the sweep is that of a weighted total.
     gradients = gradients_p.bind(
         *primals, *cotangents, *residuals, wrt=wrt, with_values=False, task=task
     )
@@ -177,6 +178,8 @@ def _plain_outputs(task: Task, operands: Arrays) -> list[jax.Array]:
             "`vocab_axis_name`: there is no second derivative where the vocabulary is "
             "sharded. Leave it out, and let the compiler shard the kernel."
         )
+    # All tokens are gone through, also those that do not count: a second derivative is
+    # rare, and a plain program is one that JAX can differentiate in any mode.
     given, _ = named(task, operands)
     mask = given.mask.ravel()
     dtype = jnp.promote_types(given.features.dtype, jnp.float32)
@@ -202,6 +205,7 @@ def _plain_outputs(task: Task, operands: Arrays) -> list[jax.Array]:
         valid, *own = token
         x, *arrays = (safe(valid, a, b) for a, b in zip(own, rows, strict=True))
         logits = logits_of(x.astype(dtype)[None], kernel, bias)
+        # As a constant, infinity has no derivative that could be NaN.
         logits = jnp.where(logits == -jnp.inf, -jnp.inf, logits)
         arrays = [array[None] for array in arrays]
         outputs, _ = task.loss.values(logits, arrays, given.shared, Place("any"))
@@ -224,6 +228,8 @@ def _gradients_jvp(
     num, num_outputs = task.num_operands, task.loss.num_outputs
     last = num + num_outputs
     mask = primals[3]
+    # Residuals are functions of the operands, which the plain program makes anew: what
+    # their tangents say is in it already.
     is_changing = tuple(not is_zero(t) for t in tangents[:last])
 
     def plain(*some: jax.Array) -> list[jax.Array]:

@@ -29,6 +29,7 @@ class Place(NamedTuple):
         """Adds up over the shards of the vocabulary."""
         if self.vocab_axis_name is None:
             return x
+        # What all shards hold alike, labels say, JAX would refuse to add up.
         varying = vary(x, self.vocab_axis_name)
         return cast(jax.Array, jax.lax.psum(varying, self.vocab_axis_name))
 
@@ -140,5 +141,7 @@ def logits_of(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
 
 def product(a: jax.Array, b: jax.Array) -> jax.Array:
     """A product in the dtype of ``a`` that is summed in float32 at least."""
+    # Matrix units multiply bfloat16 and add up in float32 at no cost. A kernel in
+    # float32 is rounded to the features' dtype, as Flax's layers do.
     dtype = jnp.promote_types(a.dtype, jnp.float32)
     return jnp.dot(a, b.astype(a.dtype), preferred_element_type=dtype)

@@ -60,6 +60,8 @@ def gradients_of_tokens(
     spread = spread_of(given.kernel, given.mask, device)
     kernel = spread.whole_columns(given.kernel)
     place = Place(device.platform, task.vocab_axis_name)
+    # Masks, weights and residuals have no gradient here: what is wanted after the first
+    # four operands is by an array of the tokens or by what they share.
     loss, num_outputs, num_arrays = task.loss, task.loss.num_outputs, task.num_arrays
     largest = largest_weight(given.features.dtype, rest[:num_outputs], given.mask)
     of_others = wrt[4:]
@@ -97,6 +99,8 @@ def gradients_of_tokens(
             values = [*outputs, *residuals] if with_values else []
             # A class that is out has no gradient, and a filler none at all.
             slope = jnp.where(valid[:, None] & (logits != -jnp.inf), slope, 0)
+        # From here on it is products: of the slope by the kernel for the features, and
+        # by the features for the kernel.
         slope = slope.astype(x.dtype)
         sums = []
         if wrt[0]:
@@ -127,6 +131,8 @@ def gradients_of_tokens(
     )
     # What was divided by the largest weight, in a step, is multiplied again in float32.
     sums = [s * largest for s in sums]
+    # The gradients come in two lists, those of tokens and those added up over all, and
+    # leave in the order of the operands.
     num_values = with_values * (num_outputs + loss.num_residuals)
     values, of_tokens, of_all = values[:num_values], values[num_values:], sums
     return values + [
@@ -168,6 +174,7 @@ def tangents_of_tokens(
     def step(_: jax.Array, x: jax.Array, *rows: jax.Array) -> Any:
         arrays, rows = rows[:num_arrays], rows[num_arrays:]
         logits = logits_of(x, kernel, given.bias)
+        # The logits are a product: they change by each factor's change times the other.
         change = jnp.zeros_like(logits)
         if of_x is not None:
             change += product(rows[0], kernel)

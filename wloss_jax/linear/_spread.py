@@ -4,7 +4,7 @@ The type of an array on automatic axes of a mesh does not say how it is sharded:
 the compiler's to find out, later. But the kernel is a parameter of the program, in the
 end, and the program's arguments say it. So the one that has the kernel's shape is taken
 for it, however deep in scans and functions the loss stands. That is a guess: speed and
-memory hang on it, never a result.
+memory depend on it, never a result.
 
 Axes that carry the vocabulary are left to it: tokens are whole there, and two small
 reductions a chunk pass between the devices. Over all others the tokens are spread, each
@@ -57,6 +57,7 @@ class Spread(NamedTuple):
 
     def own_sums(self, sums: jax.Array) -> jax.Array:
         """Keeps the kernel's gradient by each block on its devices."""
+        # A bias's gradient is too small to be worth a word to the compiler.
         if self.num_blocks == 1 or sums.ndim < 3:
             return sums
         return self._placed(sums, self.tokens, None, self.vocab or None)
@@ -125,6 +126,7 @@ def spread_of(kernel: jax.Array, mask: jax.Array, device: Device) -> Spread:
     if vocab is None:
         return unknown
     sizes = dict(device.mesh.shape)
+    # Every axis that has no share of the vocabulary is one to spread tokens over.
     tokens = tuple(name for name in sizes if name not in vocab)
     num_blocks = math.prod(sizes[name] for name in tokens)
     if mask.size % num_blocks:

@@ -25,6 +25,7 @@ from wloss_jax.linear._programs import (
 
 
 def _total_merged(*operands: jax.Array, task: Task) -> list[jax.Array]:
+    # The axis of the batch has become the first of the tokens, and is not added up.
     *first, weights = operands
     loss, *residuals = losses_p.bind(*first, task=task)
     sums = weighted(loss, first[3], weights)

@@ -91,12 +91,15 @@ def _weighted_cross_entropy(
     labels = labels.astype(logits.dtype)
     of_yes = elementwise_cross_entropy(logits, jnp.ones_like(logits))
     of_no = elementwise_cross_entropy(logits, jnp.zeros_like(logits))
+    # Two terms, each by itself: a mix of both labels is a mix of their costs.
     factors = jnp.broadcast_to(factor, logits.shape)
     return factors * labels * of_yes + (1 - labels) * of_no
 
 
 def elementwise_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """The cross-entropy of each yes-or-no label."""
+    # max(x, 0) - x y + log(1 + exp(-|x|)), in which no exponential overflows. Made of
+    # choices, as the slopes of `jnp.maximum` and `jnp.abs` at 0 do not add up to it.
     positive_part = jax.lax.select(logits >= 0, logits, jax.lax.full_like(logits, 0))
     log_normalizer = jnp.log1p(jnp.exp(-smooth_abs(logits)))
     return positive_part - logits * labels + log_normalizer
@@ -149,6 +152,7 @@ def _sigmoid_focal_loss(
     logits: jax.Array, labels: jax.Array, *, alpha: Option | None, gamma: Option
 ) -> jax.Array:
     labels = labels.astype(logits.dtype)
+    # Both probabilities from one exponential, so that the small one keeps its digits.
     odds = jnp.exp(-smooth_abs(logits))
     likely = 1 / (1 + odds)
     unlikely = odds * likely

@@ -70,6 +70,7 @@ def kl_divergence(
 
 def _kl_divergence(log_predictions: jax.Array, targets: jax.Array) -> jax.Array:
     targets = constant_where_out(targets, log_predictions)
+    # The logarithm of 1 instead of that of 0, which has no derivative: it adds nothing.
     log_targets = jnp.log(make_safe(targets, differs(targets, 0), 1))
     distances = log_targets - finite_unless_due(log_predictions, targets)
     return _cost(targets * distances)

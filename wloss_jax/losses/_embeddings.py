@@ -76,6 +76,7 @@ def cosine_distance(
 def _cosine_distance(
     predictions: jax.Array, targets: jax.Array, *, epsilon: Option
 ) -> jax.Array:
+    # A floor of 0, the default, is no floor: a vector of zeros is NaN, and is seen.
     def norm(x: jax.Array) -> jax.Array:
         return jnp.sqrt(jnp.maximum((x**2).sum(axis=-1), epsilon))
 

@@ -149,7 +149,7 @@ def guarded(
             values = _constant_unless(found, elementwise, data)
             return weighted_mean(marked(values), **reduction)
         counts = what_counts(shape, **reduction)
-        if counts.mask is None:
+        if counts.mask is None:  # all count: there is nothing to be safe from
             values = elementwise(data)
         elif fills_masked:
             data = fill_masked(data, counts.mask)

@@ -179,9 +179,11 @@ def ctc_loss(
     # In x64, optax makes float64 of float32.
     values = values.astype(logits.dtype).reshape(batch) * visible_nan.prod(axis=-1)
     values = not_below_zero(values)
+    # A blank must stand between equal labels, which takes a frame.
     num_labels = symbols.sum(axis=-1)
     equal = (labels[..., 1:] == labels[..., :-1]) & symbols[..., 1:]
     too_short = frames.sum(axis=-1) < num_labels + equal.sum(axis=-1)
+    # Beyond half of what a class that is out costs, the best alignment has one in it.
     impossible = some_out & (values > -0.5 * log_zero)
     unaligned = too_short | impossible | none_in
     values = jnp.where(unaligned, 0 if zero_infinity else math.inf, values)

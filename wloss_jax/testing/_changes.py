@@ -48,6 +48,7 @@ def lengthened(
     ends = {}
     for mask in masks:
         if mask is not None and mask.ndim > 1:
+            # A mask of lengths is True up to somewhere on each row, and False after it.
             counts = mask.any(axis=tuple(range(2, mask.ndim)))
             if (counts[:, 1:] <= counts[:, :-1]).all() and not counts.all():
                 ends[counts.shape] = int(counts.sum(1).argmin())

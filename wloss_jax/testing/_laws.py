@@ -139,6 +139,7 @@ def assert_padding_invariant(
         ]
         return jax.tree.unflatten(treedef, filled)
 
+    # The batch as it came is the measure, unless its own padding has spoilt it already.
     expected = loss.run(batch)
     if not expected.is_finite():
         expected = loss.run(fill(0))
@@ -149,6 +150,8 @@ def assert_padding_invariant(
         if change := loss.change(expected, loss.run(fill(i))):
             changes[i] = change
     if changes:
+        # A change of the value says more than one of the gradient alone. The leaves are
+        # changed one at a time then, for the name of the one to blame.
         of_value = [i for i in changes if changes[i].weight or changes[i].mean]
         content = (of_value or list(changes))[0]
         masked = [i for i, mask in enumerate(masks) if mask is not None]
@@ -168,6 +171,7 @@ def assert_padding_invariant(
         with during(f"{what}, which lengthen=False leaves out"):
             got = loss.run(jax.tree.unflatten(treedef, longer))
         if change := loss.change(expected, got):
+            # Twice as long, and half as much: padding was counted in a denominator.
             twice = got.times(2)._replace(weights=expected.weights)
             is_half = not loss.change(expected, twice)
             fail("Padding", f"with {what}, {change}", COUNTED if is_half else READ)
@@ -297,6 +301,8 @@ def assert_split_invariant(
     for count, parts, step in splits(loss, size):
         with during(f"the batch cut into {parts}"):
             got = loss.run(batch, step)
+        # What microbatches average, times their number, is what they add up to. A way
+        # that fails once is out; the law is broken when none is left.
         sums = got.times(count) if loss.is_scalar else got
         changes = {}
         for way in ways:

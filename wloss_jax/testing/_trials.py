@@ -185,6 +185,7 @@ def splits(loss: Trial, size: int) -> Iterator[tuple[int, str, Callable[..., Any
     divisors = [k for k in range(2, size + 1) if size % k == 0]
     for k in divisors:
         yield k, f"{k} microbatches", jax.jit(loss.make_step(num_microbatches=k))
+    # As many devices as there are: on a machine with one, microbatches alone.
     devices = jax.local_devices()
     for k in divisors:
         if k <= len(devices):
