@@ -420,3 +420,60 @@ def test_whole_numbers_are_weights_wherever_weights_are():
     transform = wl.multi_steps(optax.sgd(1.0), np.int64(1))
     updates, _ = transform.update(1.0, transform.init(1.0), 1.0, weight=np.int32(4))
     assert updates == -1.0
+
+
+class Unwritten:
+    """Takes minutes to write out, as a hundred thousand arrays do."""
+
+    def __repr__(self):
+        raise AssertionError("what is right was written out")
+
+
+class Samples(Unwritten, list):
+    pass
+
+
+class Halved(Unwritten):
+    def __call__(self, predictions, *_, **__):
+        return predictions / 2
+
+
+class Distance(Unwritten):
+    def __call__(self, first, second):
+        return (first - second).sum(-1)
+
+
+class MeanOfHalves(Unwritten):
+    def __call__(self, params, batch):
+        return wl.weighted_mean(params * batch)
+
+
+RIGHT = {
+    "samples": lambda: wl.pad_ragged(Samples([np.zeros(2)])),
+    "an elementwise loss": lambda: wl.masked(Halved())(jnp.ones(2)),
+    "a distance": lambda: wl.triplet_margin_with_distance_loss(
+        *3 * [jnp.ones((2, 2))], distance_function=Distance()
+    ),
+    "a loss of logits": lambda: wl.linear_masked(Halved()),
+    "a loss function": lambda: wl.value_and_grad(MeanOfHalves())(1.0, jnp.ones(2)),
+    "how many calls": lambda: wl.multi_steps(optax.sgd(1.0), Halved()),
+}
+
+
+@pytest.mark.parametrize("call", RIGHT.values(), ids=RIGHT)
+def test_what_is_right_is_not_written_out(call):
+    call()
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 2])
+@pytest.mark.parametrize("combine", [None, lambda m, _: m.compute()])
+def test_what_a_loss_returns_is_not_written_out(monkeypatch, num_microbatches, combine):
+    def loss_fn(params, batch):
+        mean = wl.weighted_mean(params * batch)
+        return mean, {"too": mean}
+
+    grad = wl.value_and_grad(
+        loss_fn, combine=combine, has_aux=True, num_microbatches=num_microbatches
+    )
+    monkeypatch.setattr(wl.WeightedMean, "__repr__", Unwritten.__repr__)
+    assert grad(2.0, jnp.ones(2))[1] == 1

@@ -51,7 +51,8 @@ class ArgumentNameError(_ArgumentError, NameError):
     """The name of an axis that is not mapped."""
 
 
-# What to say after the name; a function where saying it takes time.
+# What to say after the name. A function where it takes time to say, or may: what a user
+# hands in may be a hundred thousand arrays, which takes minutes to write out.
 Rest = str | Callable[[], str]
 
 
@@ -265,7 +266,9 @@ def is_symbolic(size: object) -> bool:
 
 def check_function(name: str, value: object) -> None:
     """Checks what is to be called."""
-    check_type(name, callable(value), f"must be a function (callable); got {value!r}.")
+    check_type(
+        name, callable(value), lambda: f"must be a function (callable); got {value!r}."
+    )
 
 
 def check_number(

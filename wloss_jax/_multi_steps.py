@@ -128,8 +128,10 @@ def multi_steps(
     check_type(
         "every_k",
         callable(every_k) or is_count(every_k, at_least=1),
-        f"is {every_k!r}: pass a positive integer, or a "
-        "function from the number of optimizer steps taken to one.",
+        lambda: (
+            f"is {every_k!r}: pass a positive integer, or a function from the number "
+            "of optimizer steps taken to one."
+        ),
     )
     check_type(
         "optimizer",
@@ -252,8 +254,10 @@ def _check_gradients(grads: Any, sums: Any) -> None:
     check_value(
         "grads",
         got == expected,
-        "must have the structure and the shapes of the "
-        f"parameters given to `init`, {expected}; got {got}.",
+        lambda: (
+            "must have the structure and the shapes of the parameters given to `init`, "
+            f"{expected}; got {got}."
+        ),
     )
 
 

@@ -115,10 +115,13 @@ def needed(
 
 
 def _check_loss(value: Any) -> jax.Array:
-    rest = (
-        "must return the loss, one floating scalar: a `WeightedMean` is divided by its "
-        f"`.compute()`, rows are reduced; got {value!r}."
-    )
+
+    def rest() -> str:
+        return (
+            "must return the loss, one floating scalar: a `WeightedMean` is divided by "
+            f"its `.compute()`, rows are reduced; got {value!r}."
+        )
+
     check_type("combine", isinstance(value, float) or hasattr(value, "dtype"), rest)
     scalar = jnp.asarray(value)
     check_shape("combine", scalar, (), rest)
@@ -135,25 +138,34 @@ def check_parts(parts: PyTree) -> None:
     check_type(
         "loss_fn",
         bool(leaves),
-        f"must return parts with `combine`, a tree of `WeightedMean`s and of arrays "
-        f"[B, ...]; got {parts!r}.",
+        lambda: (
+            f"must return parts with `combine`, a tree of `WeightedMean`s and of "
+            f"arrays [B, ...]; got {parts!r}."
+        ),
     )
     for path, leaf in leaves:
-        check_type(
-            "loss_fn",
-            is_mean(leaf) or _is_array(leaf),
+        _check_part(f"`parts{jax.tree_util.keystr(path)}`", leaf)
+
+
+def _check_part(place: str, leaf: Any) -> None:
+    check_type(
+        "loss_fn",
+        is_mean(leaf) or _is_array(leaf),
+        lambda: (
             "must return parts with `combine`: `WeightedMean`s, which are added up, "
-            f"and arrays [B, ...], which are put together; got {leaf!r} at "
-            f"`parts{jax.tree_util.keystr(path)}`.",
-        )
-        check_value(
-            "loss_fn",
-            is_mean(leaf) or jnp.ndim(leaf) > 0,
+            f"and arrays [B, ...], which are put together; got {leaf!r} at {place}."
+        ),
+    )
+    check_value(
+        "loss_fn",
+        is_mean(leaf) or jnp.ndim(leaf) > 0,
+        lambda: (
             "must return parts with `combine`, and a scalar is neither a sum with its "
             "weight nor an array of rows: return the `WeightedMean`, whose `.total` is "
             "a sum over the whole batch, or compute in `combine` what does not depend "
-            f"on the batch; got {leaf!r} at `parts{jax.tree_util.keystr(path)}`.",
-        )
+            f"on the batch; got {leaf!r} at {place}."
+        ),
+    )
 
 
 def _is_array(leaf: Any) -> bool:
@@ -168,9 +180,11 @@ def check_means(value: Any) -> None:
     check_type(
         "loss_fn",
         bool(means) and all(map(is_mean, means)),
-        "must return a `WeightedMean`, or a tree of them, not divided yet; beside it, "
-        "aux needs `has_aux=True`, and a loss that is no mean needs `combine`; got "
-        f"{value!r}.",
+        lambda: (
+            "must return a `WeightedMean`, or a tree of them, not divided yet; beside "
+            "it, aux needs `has_aux=True`, and a loss that is no mean needs `combine`; "
+            f"got {value!r}."
+        ),
     )
     for mean in means:
         check_shape(

@@ -241,7 +241,9 @@ def split_aux(result: Any, has_aux: bool) -> tuple[Any, Any]:
     check_type(
         "loss_fn",
         isinstance(result, tuple | list) and len(result) == 2,
-        f"must return a pair with `has_aux`, the loss and the aux; got {result!r}.",
+        lambda: (
+            f"must return a pair with `has_aux`, the loss and the aux; got {result!r}."
+        ),
     )
     value, aux = result
     return value, aux

@@ -207,7 +207,7 @@ def _as_arrays(
     check_type(
         "samples",
         isinstance(samples, Iterable),
-        f"must be a sequence of arrays; got {samples!r}.",
+        lambda: f"must be a sequence of arrays; got {samples!r}.",
     )
     try:
         arrays = list(map(np.asarray, samples))
