@@ -249,6 +249,39 @@ def test_keywords_and_partial_reach_the_loss_function():
         assert_close((value.compute(), grad), (12.0, 12.0))
 
 
+def frozen(loss_fn):
+    """A wrapper, whose default is another than that of the function it wraps."""
+
+    @functools.wraps(loss_fn)
+    def wrapped(param, batch, train=False):
+        return loss_fn(param, batch, train)
+
+    return wrapped
+
+
+def with_key(loss_fn):
+    """A wrapper that takes fewer arguments than the signature that it shows."""
+
+    @functools.wraps(lambda param, batch, key: None)
+    def wrapped(param, batch):
+        return loss_fn(param, batch)
+
+    return wrapped
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize(
+    ("wrap", "mean"), [(frozen, 0.0), (with_key, 3.0), (jax.jit, 3.0)]
+)
+def test_defaults_are_left_to_the_function(wrap, mean, k):
+    def loss_fn(param, batch, train=True):
+        return wl.weighted_mean(param * batch if train else 0 * batch)
+
+    step = wl.value_and_grad(wrap(loss_fn), num_microbatches=k)
+    for value, _ in step(2.0, np.float32([1, 2])), step(2.0, batch=np.float32([1, 2])):
+        assert_close(value.compute(), mean)
+
+
 def test_keys_numpy_arrays_and_leaves_without_elements_are_cut_alike():
     def loss_fn(param, batch):
         assert batch["nothing"].shape == (2, 0)

@@ -177,7 +177,9 @@ def value_and_grad(
 
     @functools.wraps(loss_fn)
     def value_and_grad_fn(*args: _P.args, **kwargs: _P.kwargs) -> tuple[Any, Any]:
-        positional, keywords = by_position(signature, args, kwargs)
+        positional, keywords = by_position(
+            signature, args, kwargs, (*wanted_nums, *cut_nums)
+        )
         # Negative numbers count from the end of what came, as in `jax.value_and_grad`.
         diff_nums, batch_nums = (
             tuple(i + len(args) if i < 0 else i for i in numbers)
@@ -250,12 +252,33 @@ def split_aux(result: Any, has_aux: bool) -> tuple[Any, Any]:
 
 
 def by_position(
-    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+    signature: inspect.Signature,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    numbers: Iterable[int],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a call, by position as far as that goes."""
-    bound = signature.bind(*args, **kwargs)
-    bound.apply_defaults()
-    return bound.args, bound.kwargs
+    """The arguments of a call, by position up to the last of these ``numbers``.
+
+    What came by position stays, and what came by keyword where no number asks for it:
+    defaults are left to the function. The signature may be that of another, which a
+    decorator has wrapped, with defaults of its own.
+    """
+    positional, keywords = list(args), dict(kwargs)
+    parameters = [p for p in signature.parameters.values() if p.kind in _BY_POSITION]
+    asked = range(len(args), min(max(numbers, default=-1) + 1, len(parameters)))
+    by_keyword = [i for i in asked if parameters[i].name in keywords]
+    for parameter in parameters[len(args) : max(by_keyword, default=-1) + 1]:
+        value = keywords.pop(parameter.name, parameter.default)
+        if value is parameter.empty:
+            break  # it is missing, as the function will say
+        positional.append(value)
+    return tuple(positional), keywords
+
+
+_BY_POSITION = (
+    inspect.Parameter.POSITIONAL_ONLY,
+    inspect.Parameter.POSITIONAL_OR_KEYWORD,
+)
 
 
 def choose_arguments(

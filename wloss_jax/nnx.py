@@ -153,7 +153,9 @@ def value_and_grad(
 
     @functools.wraps(loss_fn)
     def value_and_grad_fn(*args: _P.args, **kwargs: _P.kwargs) -> tuple[Any, Any]:
-        positional, keywords = by_position(signature, args, kwargs)
+        positional, keywords = by_position(
+            signature, args, kwargs, (*selects, *batch_nums)
+        )
         differentiated, batch = choose_arguments(
             positional, tuple(selects), batch_nums, num_microbatches, keywords
         )
