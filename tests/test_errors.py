@@ -477,3 +477,8 @@ def test_what_a_loss_returns_is_not_written_out(monkeypatch, num_microbatches, c
     )
     monkeypatch.setattr(wl.WeightedMean, "__repr__", Unwritten.__repr__)
     assert grad(2.0, jnp.ones(2))[1] == 1
+
+
+def test_integer_labels_are_told_which_loss_is_theirs():
+    with pytest.raises(ValueError, match=r"^`labels` .*_with_integer_labels`\.$"):
+        wl.softmax_cross_entropy(jnp.ones((4, 3)), np.zeros(4, int))

@@ -135,6 +135,13 @@ def test_sound_losses_pass(loss_fn, law):
     check(law, loss_fn)
 
 
+def test_a_batch_may_be_one_bare_array():
+    def loss_fn(params, batch):
+        return wl.squared_error(params * batch, batch)
+
+    assert_split_invariant(loss_fn, jnp.float32(2), np.ones((4, 3), np.float32))
+
+
 def test_a_scalar_mean_passes_where_all_rows_weigh_the_same():
     def loss_fn(params, batch):
         return squares(params, batch).mean()

@@ -296,7 +296,7 @@ def check_number(
     check_value(
         name,
         fits and math.isfinite(number),
-        lambda: f"must be a number{_range(low, high, strictly)}; got {value!r}.",
+        lambda: f"must be a finite number{_range(low, high, strictly)}; got {value!r}.",
     )
 
 

@@ -103,10 +103,13 @@ _AXIS = (
 _HABITS = {
     **dict.fromkeys(("reduction", "size_average", "reduce"), _REDUCTION),
     **dict.fromkeys(("mask", "masks", "valid", "padding_mask"), _WHERE),
+    **dict.fromkeys(("attention_mask", "loss_mask", "label_mask"), _WHERE),
+    "key_padding_mask": f"{_WHERE} PyTorch's is True for padding: pass `~` of it.",
     **dict.fromkeys(("sample_weight", "sample_weights"), _WEIGHTS),
     "weight": _WEIGHT,
     **dict.fromkeys(("axis", "dim", "keepdims", "keepdim"), _AXIS),
     **dict.fromkeys(("length", "x_lengths", "input_lengths"), "it is `lengths`."),
+    **dict.fromkeys(("seq_lengths", "sequence_lengths"), "it is `lengths`."),
 }
 # The same where a loss has a parameter of its own that is meant.
 _HABITS_WITH = {

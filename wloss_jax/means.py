@@ -56,7 +56,8 @@ class WeightedMean(NotForJson):
       weight: floating ``[...]``, the sum of the weights; a constant for gradients.
 
     Raises:
-      AssertionError: ``total`` or ``weight`` is not floating, or their shapes differ.
+      AssertionError: ``total`` or ``weight`` is no array of numbers, or their shapes
+        differ.
 
     Example:
       >>> import jax.numpy as jnp

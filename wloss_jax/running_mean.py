@@ -126,7 +126,7 @@ class RunningMean(NotForJson):
         return _merge(self, other)
 
     def compute(self, empty: ArrayLike = 0.0) -> jax.Array:
-        """Divides: ``total / weight``, and ``empty`` where the weight is 0.
+        """Divides: ``total / weight``, and ``empty`` where both are 0.
 
         Args:
           empty: the value where nothing counted.

@@ -99,7 +99,7 @@ def _scale_weights(batch: PyTree, scale: float) -> PyTree:
 
 def _last_name(path: tuple[Any, ...]) -> str:
     """The name of a leaf: the last key or attribute on its path, if that is a name."""
-    key = path[-1]
+    key = path[-1] if path else None  # None where the batch is one bare array
     return str(getattr(key, "key", getattr(key, "name", None)))
 
 
