@@ -216,7 +216,7 @@ def test_a_mean_is_itself_and_no_other():
         assert mean != again
         assert mean in [again, mean]
         assert {mean: 1}[mean] == 1
-        assert (mean == None) is False  # noqa: E711
+        assert (mean == None) is False  # noqa: E711 (as people write it)
 
 
 @pytest.mark.parametrize("name", ["item", "mean", "sum", "block_until_ready"])
@@ -226,7 +226,7 @@ def test_methods_of_arrays_name_what_gives_one(name):
             getattr(mean, name)()
         assert not hasattr(mean, name)
         with pytest.raises(AttributeError, match="no attribute 'shape'"):
-            mean.shape  # noqa: B018
+            mean.shape  # noqa: B018 (the access is the test)
         assert float(copy.deepcopy(mean)) == float(pickle.loads(pickle.dumps(mean)))
 
 

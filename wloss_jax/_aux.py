@@ -43,19 +43,20 @@ def places_of_aux(aux: PyTree, sizes: Sizes | None, *, arrays: bool) -> list[Pla
 
 def check_aux(aux: PyTree) -> None:
     """Checks that microbatches can stack all that is in the aux."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(aux):
+        _check_leaf(f"`aux{jax.tree_util.keystr(path)}`", leaf)
 
-    def check(path: Any, leaf: Any) -> None:
-        check_type(
-            "loss_fn",
-            hasattr(leaf, "dtype") or isinstance(leaf, bool | int | float | complex),
-            lambda: (
-                f"returns {leaf!r} at `aux{jax.tree_util.keystr(path)}`, which "
-                "microbatches cannot stack: they compile the loss, so aux holds "
-                "arrays, numbers and `WeightedMean`s. Leave it out."
-            ),
-        )
 
-    jax.tree_util.tree_map_with_path(check, aux)
+def _check_leaf(place: str, leaf: Any) -> None:
+    check_type(
+        "loss_fn",
+        hasattr(leaf, "dtype") or isinstance(leaf, bool | int | float | complex),
+        lambda: (
+            f"returns {leaf!r} at {place}, which microbatches cannot stack: they "
+            "compile the loss, so aux holds arrays, numbers and `WeightedMean`s. Leave "
+            "it out."
+        ),
+    )
 
 
 def put_aux_together(cut: Cut, groups: list[PyTree], places: list[Place]) -> PyTree:

@@ -24,7 +24,7 @@ def check_keywords(
     for name in keywords:
         if name not in signature.parameters:
             _refuse_keyword(parameters, name)
-    by_position = [p for p in parameters if p.kind in _POSITIONAL]
+    by_position = [p for p in parameters if p.kind in POSITIONAL]
     takes_any = any(p.kind is p.VAR_POSITIONAL for p in parameters)
     if count > len(by_position) and not takes_any:
         names = [p.name for p in by_position]
@@ -61,7 +61,7 @@ def keywords_checked(function: _Function) -> _Function:
     return cast(_Function, checked)
 
 
-_POSITIONAL = (
+POSITIONAL = (
     inspect.Parameter.POSITIONAL_ONLY,
     inspect.Parameter.POSITIONAL_OR_KEYWORD,
 )
@@ -73,7 +73,7 @@ def _by_keyword(parameters: list[inspect.Parameter]) -> str:
 
 def _arguments(parameters: list[inspect.Parameter]) -> str:
     """Says what a function takes."""
-    kinds = (*_POSITIONAL, inspect.Parameter.VAR_POSITIONAL)
+    kinds = (*POSITIONAL, inspect.Parameter.VAR_POSITIONAL)
     names = [
         f"*{p.name}" if p.kind is p.VAR_POSITIONAL else p.name
         for p in parameters

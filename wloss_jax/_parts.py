@@ -139,7 +139,7 @@ def check_parts(parts: PyTree) -> None:
         "loss_fn",
         bool(leaves),
         lambda: (
-            f"must return parts with `combine`, a tree of `WeightedMean`s and of "
+            "must return parts with `combine`, a tree of `WeightedMean`s and of "
             f"arrays [B, ...]; got {parts!r}."
         ),
     )

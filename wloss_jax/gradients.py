@@ -24,6 +24,7 @@ from wloss_jax._checks import (
     is_integer,
 )
 from wloss_jax._devices import AxisName
+from wloss_jax._keywords import POSITIONAL
 from wloss_jax._microbatches import PyTree, accumulate
 from wloss_jax._parts import checks_and_combine
 
@@ -264,7 +265,7 @@ def by_position(
     decorator has wrapped, with defaults of its own.
     """
     positional, keywords = list(args), dict(kwargs)
-    parameters = [p for p in signature.parameters.values() if p.kind in _BY_POSITION]
+    parameters = [p for p in signature.parameters.values() if p.kind in POSITIONAL]
     asked = range(len(args), min(max(numbers, default=-1) + 1, len(parameters)))
     by_keyword = [i for i in asked if parameters[i].name in keywords]
     for parameter in parameters[len(args) : max(by_keyword, default=-1) + 1]:
@@ -273,12 +274,6 @@ def by_position(
             break  # it is missing, as the function will say
         positional.append(value)
     return tuple(positional), keywords
-
-
-_BY_POSITION = (
-    inspect.Parameter.POSITIONAL_ONLY,
-    inspect.Parameter.POSITIONAL_OR_KEYWORD,
-)
 
 
 def choose_arguments(

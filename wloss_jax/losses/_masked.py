@@ -38,7 +38,7 @@ from wloss_jax._devices import (
     sharded_like,
 )
 from wloss_jax._jaxprs import with_closed_over
-from wloss_jax._keywords import check_keywords
+from wloss_jax._keywords import POSITIONAL, check_keywords
 from wloss_jax.losses._labels import nan_unless
 from wloss_jax.masks import fill_masked, freeze, select
 from wloss_jax.means import WeightedMean, weighted_mean
@@ -231,8 +231,7 @@ def array_names(loss: Callable[..., Any]) -> list[str]:
     return [
         name
         for name, parameter in inspect.signature(loss).parameters.items()
-        if parameter.kind
-        in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+        if parameter.kind in POSITIONAL
         if parameter.default is parameter.empty or parameter.default is None
     ]
 
