@@ -479,6 +479,17 @@ def test_what_a_loss_returns_is_not_written_out(monkeypatch, num_microbatches, c
     assert grad(2.0, jnp.ones(2))[1] == 1
 
 
-def test_integer_labels_are_told_which_loss_is_theirs():
-    with pytest.raises(ValueError, match=r"^`labels` .*_with_integer_labels`\.$"):
-        wl.softmax_cross_entropy(jnp.ones((4, 3)), np.zeros(4, int))
+@pytest.mark.parametrize(
+    ("loss", "is_theirs"),
+    [
+        (wl.softmax_cross_entropy, True),
+        (wl.safe_softmax_cross_entropy, True),
+        (wl.poly_loss_cross_entropy, True),
+        (wl.multilabel_soft_margin_loss, False),
+        (wl.sigmoid_binary_cross_entropy, False),
+    ],
+)
+def test_integer_labels_are_told_which_loss_is_theirs(loss, is_theirs):
+    with pytest.raises(ValueError, match=r"^`labels` has shape \(4,\)") as error:
+        loss(jnp.ones((4, 3)), np.zeros(4, int))
+    assert ("_with_integer_labels" in str(error.value)) == is_theirs

@@ -138,11 +138,11 @@ def plain_soft(logits, labels, smoothing=0.0, z_loss=0.0, softcap=None):
 
 def one_by_one(plain):
     """The value of one token, in float64: `plain` itself, of one row."""
+    compiled = jax.jit(plain)
 
     def value(logits, *row):
         with jax.enable_x64(True):
-            row = [jnp.asarray(x)[None] for x in row]
-            return float(plain(jnp.asarray(logits, jnp.float64)[None], *row)[0])
+            return float(compiled(logits[None], *(np.asarray(x)[None] for x in row))[0])
 
     return value
 

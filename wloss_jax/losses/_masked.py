@@ -321,11 +321,6 @@ def _with_shared_keywords(loss: Callable[..., Any]) -> inspect.Signature:
     return inspect.Signature(own + shared + rest)
 
 
-_INTEGER_LABELS = (
-    " One class for each element is for `softmax_cross_entropy_with_integer_labels`."
-)
-
-
 def event_last(axis: Axis, **arrays: ArrayLike) -> list[jax.Array]:
     """Moves the axes of one event to the end of each array, as one axis."""
     checked = {name: check_array(name, array) for name, array in arrays.items()}
@@ -335,7 +330,7 @@ def event_last(axis: Axis, **arrays: ArrayLike) -> list[jax.Array]:
             f"{name}",
             array.shape == first.shape,
             f"has shape {array.shape} and `{first_name}` {first.shape}: they must be "
-            "the same." + (_INTEGER_LABELS if name == "labels" else ""),
+            "the same.",
         )
     check_rank(
         f"{first_name}",
