@@ -359,6 +359,11 @@ def test_in_shard_map_with_sharded_parameters(check_vma):
     np.testing.assert_array_equal(tail, 0)
 
 
+def test_the_keyword_of_optax_is_told_its_name_here():
+    with pytest.raises(TypeError, match=r"^`every_k_schedule` .*: it is `every_k`,"):
+        wl.multi_steps(optax.sgd(1.0), every_k_schedule=2)
+
+
 @pytest.mark.parametrize("every_k", [0, -1, 2.0, None, "2"])
 def test_every_k_that_is_none(every_k):
     with pytest.raises(AssertionError, match=r"`every_k` is .*positive integer"):

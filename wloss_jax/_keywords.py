@@ -110,6 +110,7 @@ _HABITS = {
     **dict.fromkeys(("axis", "dim", "keepdims", "keepdim"), _AXIS),
     **dict.fromkeys(("length", "x_lengths", "input_lengths"), "it is `lengths`."),
     **dict.fromkeys(("seq_lengths", "sequence_lengths"), "it is `lengths`."),
+    "every_k_schedule": "it is `every_k`, a number or a function of the steps taken.",
 }
 # The same where a loss has a parameter of its own that is meant.
 _HABITS_WITH = {

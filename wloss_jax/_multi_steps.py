@@ -27,6 +27,7 @@ from wloss_jax._checks import (
     is_count,
     is_integer,
 )
+from wloss_jax._keywords import keywords_checked
 from wloss_jax.means import WeightedMean
 
 
@@ -62,6 +63,7 @@ class MultiSteps(optax.GradientTransformationExtraArgs):  # type: ignore[misc]
     flush: Callable[..., tuple[Any, MultiStepsState]]
 
 
+@keywords_checked
 def multi_steps(
     optimizer: optax.GradientTransformation,
     every_k: int | Callable[[jax.Array], ArrayLike],

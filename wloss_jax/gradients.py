@@ -96,9 +96,9 @@ def value_and_grad(
     gradient, for the slopes of ``combine``. Where these depend on weights alone, as
     those of means and sums do, that costs nothing, as the compiler drops all else.
     Where the weights look at the model, as with `wloss_jax.loss_power`, or the slopes
-    at totals or rows, it costs a forward pass. Both evaluations draw alike: for dropout
-    that differs between microbatches and devices, and yet not between splits, put one
-    key a sample into the batch, ``jax.random.split(key, B)``.
+    at totals or rows, it costs a forward pass. Both evaluations use the same random
+    numbers. For dropout that differs between microbatches and devices, but not between
+    splits, put one key for each sample into the batch, ``jax.random.split(key, B)``.
 
     Under `jax.shard_map` and `jax.pmap` each device evaluates ``combine`` whole, on the
     rows of all; under plain `jax.jit` the compiler shares it out.

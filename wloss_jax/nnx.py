@@ -82,8 +82,8 @@ def value_and_grad(
     modules that the function is called with: microbatch by microbatch, each starting
     from what the one before left. So dropout differs between microbatches, and batch
     statistics are those of k small batches: a loss that looks at them depends on k.
-    Where `wloss_jax.value_and_grad` evaluates twice, both evaluations start from one
-    state, and draw alike.
+    Where `wloss_jax.value_and_grad` evaluates twice, both evaluations start from the
+    same state, and so use the same random numbers.
 
     - Over devices, the random streams and batch statistics of a module are those of
       each device, as anywhere in `nnx`: give `nnx.BatchNorm` its ``axis_name``, and

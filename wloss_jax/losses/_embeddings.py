@@ -50,7 +50,7 @@ def cosine_distance(
     Args:
       predictions: floating ``[..., D]``; one vector is one element.
       targets: floating, of the shape of ``predictions``.
-      epsilon: floor under the squared norms, for vectors of zeros, which are NaN at 0.
+      epsilon: floor under the squared norms; without one a vector of zeros gives NaN.
       axis: the axis or axes of a vector; None for all.
       **reduction: the keywords of `weighted_mean`.
 

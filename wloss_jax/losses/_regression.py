@@ -149,7 +149,7 @@ def smooth_l1_loss(
     beta: Option = 1.0,
     **reduction: Unpack[Reduction],
 ) -> WeightedMean:
-    """Computes PyTorch's form of `huber_loss`, that over its ``delta``.
+    """Computes the smooth L1 loss: `huber_loss` divided by its ``delta``.
 
     ``0.5 * e**2 / beta`` where ``|e| < beta``, else ``|e| - 0.5 * beta``
 

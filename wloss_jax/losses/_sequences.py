@@ -79,8 +79,8 @@ def ctc_loss(
         mean is PyTorch's default then; with the numbers of labels as ``weights`` it is
         the loss of all labels over their number.
       class_mask: as in `softmax_cross_entropy`.
-      **reduction: the keywords of `weighted_mean`; of ``lengths``, which would say how
-        many sequences count, there are only those of more axes than one.
+      **reduction: the keywords of `weighted_mean`. ``lengths`` count sequences, so they
+        have fewer axes than the losses; frames and labels are counted by the paddings.
 
     Raises:
       AssertionError: arrays that do not fit the ``logits``, or a ``blank_id`` that is
