@@ -362,6 +362,8 @@ def test_in_shard_map_with_sharded_parameters(check_vma):
 def test_the_keyword_of_optax_is_told_its_name_here():
     with pytest.raises(TypeError, match=r"^`every_k_schedule` .*: it is `every_k`,"):
         wl.multi_steps(optax.sgd(1.0), every_k_schedule=2)
+    with pytest.raises(TypeError, match=r"^`every_k_schedule` .*: by position come"):
+        wl.absolute_error(jnp.ones(2), jnp.ones(2), every_k_schedule=2)
 
 
 @pytest.mark.parametrize("every_k", [0, -1, 2.0, None, "2"])

@@ -142,7 +142,7 @@ def one_by_one(plain):
 
     def value(logits, *row):
         with jax.enable_x64(True):
-            return float(compiled(logits[None], *(np.asarray(x)[None] for x in row))[0])
+            return float(compiled(logits[None], *(x[None] for x in row))[0])
 
     return value
 

@@ -110,13 +110,16 @@ _HABITS = {
     **dict.fromkeys(("axis", "dim", "keepdims", "keepdim"), _AXIS),
     **dict.fromkeys(("length", "x_lengths", "input_lengths"), "it is `lengths`."),
     **dict.fromkeys(("seq_lengths", "sequence_lengths"), "it is `lengths`."),
-    "every_k_schedule": "it is `every_k`, a number or a function of the steps taken.",
 }
-# The same where a loss has a parameter of its own that is meant.
+# The same where there is a parameter that is meant.
 _HABITS_WITH = {
     "class_weights": {
         "weight": "the weights of classes are `class_weights`; how much an element "
         "counts is said by `weights`."
     },
     "axis": {"dim": "it is `axis`, the axis or axes of the classes or components."},
+    "every_k": {
+        "every_k_schedule": "it is `every_k`, a number or a function of the steps "
+        "taken."
+    },
 }

@@ -20,7 +20,7 @@ from wloss_jax.masks import differs, make_safe, select
 
 
 def classes_last(
-    axis: Axis, class_mask: ArrayLike | None, **arrays: ArrayLike
+    axis: Axis, class_mask: ArrayLike | None, mend: str = "", **arrays: ArrayLike
 ) -> list[jax.Array]:
     """Moves the axes of the classes to the end of each array, as one axis.
 
@@ -28,9 +28,10 @@ def classes_last(
       axis: the axis or axes of the classes; None for all.
       class_mask: bool ``[V]`` or of the shape of the arrays, False for classes that are
         out: of the first array, they become -infinity.
+      mend: as in `event_last`.
       **arrays: by name, the logits first.
     """
-    moved = event_last(axis, **arrays)
+    moved = event_last(axis, mend, **arrays)
     if class_mask is None:
         return moved
     name, logits = next(iter(arrays)), moved[0]

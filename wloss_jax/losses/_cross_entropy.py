@@ -14,7 +14,6 @@ from wloss_jax._checks import (
     Option,
     check_array,
     check_number,
-    check_value,
     is_zero,
 )
 from wloss_jax.losses._classes import (
@@ -45,6 +44,10 @@ from wloss_jax.losses._masked import (
 )
 from wloss_jax.masks import make_safe
 from wloss_jax.means import WeightedMean
+
+_INTEGER_LABELS = (
+    " One class for each element is for `softmax_cross_entropy_with_integer_labels`."
+)
 
 
 @public_loss
@@ -87,7 +90,9 @@ def softmax_cross_entropy(
     Source:
       `optax.losses.softmax_cross_entropy`.
     """
-    logits, labels = _with_distributions(axis, class_mask, logits, labels)
+    logits, labels = classes_last(
+        axis, class_mask, _INTEGER_LABELS, logits=logits, labels=labels
+    )
     check_number("label_smoothing", label_smoothing, 0, 1)
     if class_weights is not None:
         class_weights = check_class_weights(class_weights, logits)
@@ -116,23 +121,6 @@ def _softmax_cross_entropy(
         # A class of weight 0 has no term, be its label NaN.
         labels = make_safe(labels * scales, scales != 0)
     return _expected_cost(log_probabilities(logits), labels)
-
-
-def _with_distributions(
-    axis: Axis,
-    class_mask: ArrayLike | None,
-    logits: ArrayLike,
-    labels: ArrayLike,
-) -> list[jax.Array]:
-    """Moves the classes last, of labels that share out each element among them."""
-    labels, shape = check_array("labels", labels), check_array("logits", logits).shape
-    check_value(
-        "labels",
-        labels.shape == shape,
-        f"has shape {labels.shape} and `logits` {shape}: they must be the same. One "
-        "class for each element is for `softmax_cross_entropy_with_integer_labels`.",
-    )
-    return classes_last(axis, class_mask, logits=logits, labels=labels)
 
 
 def _expected_cost(log_probs: jax.Array, labels: jax.Array) -> jax.Array:
@@ -170,7 +158,9 @@ def safe_softmax_cross_entropy(
     Source:
       `optax.losses.safe_softmax_cross_entropy`.
     """
-    logits, labels = _with_distributions(-1, class_mask, logits, labels)
+    logits, labels = classes_last(
+        -1, class_mask, _INTEGER_LABELS, logits=logits, labels=labels
+    )
     return guarded(_softmax_cross_entropy, event_ndim=1, marks_nan=True)(
         logits, labels, **reduction
     )
@@ -350,7 +340,9 @@ def poly_loss_cross_entropy(
       `optax.losses.poly_loss_cross_entropy`; Leng et al., PolyLoss, 2022.
     """
     check_number("epsilon", epsilon)
-    logits, labels = _with_distributions(axis, class_mask, logits, labels)
+    logits, labels = classes_last(
+        axis, class_mask, _INTEGER_LABELS, logits=logits, labels=labels
+    )
     return guarded(_poly_loss_cross_entropy, event_ndim=1)(
         logits, check_array("labels", labels, float), epsilon=epsilon, **reduction
     )

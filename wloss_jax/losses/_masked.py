@@ -321,8 +321,14 @@ def _with_shared_keywords(loss: Callable[..., Any]) -> inspect.Signature:
     return inspect.Signature(own + shared + rest)
 
 
-def event_last(axis: Axis, **arrays: ArrayLike) -> list[jax.Array]:
-    """Moves the axes of one event to the end of each array, as one axis."""
+def event_last(axis: Axis, mend: str = "", **arrays: ArrayLike) -> list[jax.Array]:
+    """Moves the axes of one event to the end of each array, as one axis.
+
+    Args:
+      axis: the axis or axes of an event; None for all.
+      mend: what to say, with a space before it, where shapes are not the same.
+      **arrays: by name.
+    """
     checked = {name: check_array(name, array) for name, array in arrays.items()}
     (first_name, first), *others = checked.items()
     for name, array in others:
@@ -330,7 +336,7 @@ def event_last(axis: Axis, **arrays: ArrayLike) -> list[jax.Array]:
             f"{name}",
             array.shape == first.shape,
             f"has shape {array.shape} and `{first_name}` {first.shape}: they must be "
-            "the same.",
+            f"the same.{mend}",
         )
     check_rank(
         f"{first_name}",
