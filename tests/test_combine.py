@@ -15,6 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import wloss_jax as wl
+from tests import needs
 from tests.oracle import combined
 from tests.oracle.tables import one_of_each, unasked
 
@@ -23,8 +24,6 @@ LENGTHS = [3, 0, 5, 1, 2, 4, 1, 5, 5, 2, 4, 3, 1, 1, 5, 2]
 PARAMS = combined.draw_params()
 SAMPLES = combined.draw_samples(LENGTHS)
 BATCH = combined.pad(SAMPLES)
-
-needs_devices = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 
 
 @functools.cache
@@ -89,7 +88,7 @@ def test_every_loss_is_the_oracle_in_any_number_of_microbatches(num_microbatches
     check(quickly_compiled(all_losses(num_microbatches=num_microbatches)))
 
 
-@needs_devices
+@needs.devices
 @pytest.mark.parametrize(
     ("devices", "num_microbatches", "check_vma"),
     [
@@ -105,7 +104,7 @@ def test_every_loss_is_the_oracle_under_shard_map(devices, num_microbatches, che
     check(mapped(devices, check_vma, num_microbatches=num_microbatches))
 
 
-@needs_devices
+@needs.devices
 @pytest.mark.parametrize("num_microbatches", [unasked(1), 2])
 def test_every_loss_is_the_oracle_under_pmap(num_microbatches):
     step = jax.pmap(
@@ -117,7 +116,7 @@ def test_every_loss_is_the_oracle_under_pmap(num_microbatches):
     check(step, batch=shards, of_result=lambda x: jax.tree.map(lambda x: x[-1], x))
 
 
-@needs_devices
+@needs.devices
 @pytest.mark.parametrize(
     ("axis_type", "num_microbatches"),
     one_of_each([AxisType.Auto, AxisType.Explicit], [1, 2]),
@@ -162,7 +161,7 @@ def whole(parts=embed, combine=alike, params=SMALL, batch=ROWS):
     )
 
 
-@needs_devices
+@needs.devices
 @pytest.mark.parametrize("order", [("a", "b"), ("b", "a")])
 def test_rows_are_in_the_order_of_several_axes(order):
     def in_order(rows, params):
@@ -189,7 +188,7 @@ def test_an_axis_of_vmap():
         assert_close(jax.tree.map(lambda x, i=i: x[i], result), whole())
 
 
-@needs_devices
+@needs.devices
 @pytest.mark.parametrize("num_microbatches", [1, 2])
 def test_parameters_in_shards_have_their_own_gradient_of_combine_once(num_microbatches):
     def gathered(params):

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import wloss_jax as wl
+from tests import needs
 
 FEATURES, HIDDEN, L = 64, 256, 32
 NUM_PARAMS = FEATURES * HIDDEN + HIDDEN * HIDDEN + HIDDEN
@@ -63,9 +64,6 @@ def mapped(mesh, **options):
 
 def line():
     return Mesh(np.array(jax.devices()[:8]), ("data",))
-
-
-needs_devices = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 
 
 # ------------------------------------------------------------- reading a program
@@ -181,7 +179,7 @@ def test_slopes_that_look_at_the_loss_cost_a_forward_pass(
     assert matrix_products(compile_step(step, rows=64)) == 7 + more
 
 
-@needs_devices
+@needs.devices
 @pytest.mark.parametrize("num_microbatches", [1, 2])
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_rows_are_gathered_once_and_gradients_added_up_once(
@@ -277,7 +275,7 @@ def test_peak_memory_is_that_of_a_plain_scan_and_less_than_two_sets_of_parameter
 # --------------------------------------------------------- nothing moves but sums
 
 
-@needs_devices
+@needs.devices
 @pytest.mark.parametrize("num_microbatches", [1, 2, 8])
 @pytest.mark.parametrize("way", ["jit", "shard_map"])
 def test_a_sharded_batch_stays_where_it_is(way, num_microbatches):

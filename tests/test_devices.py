@@ -12,6 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import wloss_jax as wl
+from tests import needs
 from tests.oracle import strategies, two_terms
 from tests.oracle.two_terms import make_step
 
@@ -22,7 +23,7 @@ SAMPLES = two_terms.draw_samples(LENGTHS, seed=0)
 BATCH = two_terms.pad(SAMPLES, L)
 EXPECTED = two_terms.oracle(PARAMS, SAMPLES)
 
-pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
+pytestmark = needs.devices
 
 
 def line(count=8):

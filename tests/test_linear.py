@@ -5,7 +5,6 @@ has: the gradients of kernel and bias, chunks, both forms of the gradient, and d
 """
 
 import functools
-import importlib.util
 import re
 
 import jax
@@ -19,6 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import wloss_jax as wl
+from tests import needs
 from tests.oracle import reference, strategies
 from tests.oracle.tables import one_of_each, unasked
 from tests.test_compiled import loops
@@ -33,7 +33,6 @@ OPTIONS = {
     "softcap": {"softcap": 3.0},
     "all": {"label_smoothing": 0.2, "z_loss": 0.02, "softcap": 2.0},
 }
-needs_devices = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 
 
 @functools.cache
@@ -659,7 +658,7 @@ SHARDINGS = {
 }
 
 
-@needs_devices
+@needs.devices
 @pytest.mark.parametrize("name", SHARDINGS)
 def test_sharded_tokens_stay_where_they_are(name):
     mesh, rows, of_kernel = SHARDINGS[name]
@@ -688,7 +687,7 @@ def test_sharded_tokens_stay_where_they_are(name):
         assert not in_loops
 
 
-@needs_devices
+@needs.devices
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_shard_map_over_tokens(check_vma):
     step = jax.shard_map(
@@ -700,7 +699,7 @@ def test_shard_map_over_tokens(check_vma):
     assert not re.search("all-gather|all-to-all|collective-permute", compiled.as_text())
 
 
-@needs_devices
+@needs.devices
 def test_pmap():
     params, batch = model()
     step = jax.pmap(
@@ -715,7 +714,7 @@ def test_pmap():
 VOCAB_SPECS = {"inner": P(), "kernel": P(None, "vocab")}
 
 
-@needs_devices
+@needs.devices
 @pytest.mark.parametrize("num_microbatches", [1, 2])
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_sharded_vocabulary(check_vma, num_microbatches):
@@ -752,7 +751,7 @@ def vocab_mean(arrays, samples, **options):
     return mean
 
 
-@needs_devices
+@needs.devices
 @pytest.mark.parametrize(
     ("where", "samples"), one_of_each(["inside", "outside"], [False, True])
 )
@@ -780,7 +779,7 @@ def test_sharded_vocabulary_with_all_options(samples, where):
         assert_close(change, plain, rtol=1e-5)
 
 
-@needs_devices
+@needs.devices
 def test_sharded_vocabulary_has_no_second_derivative():
     arrays = data(vocab=40)
     mean = functools.partial(vocab_mean(arrays, samples=False), axis="vocab")
@@ -788,11 +787,12 @@ def test_sharded_vocabulary_has_no_second_derivative():
         jax.hessian(mean), mesh=Mesh(np.array(jax.devices()[:4]), ("vocab",)),
         in_specs=(P(), P(None, "vocab"), P("vocab")), out_specs=P(),
     )  # fmt: skip
+    # The docstring says that there is none: it is an error, and no wrong number.
     with pytest.raises(NotImplementedError, match="vocab_axis_name"):
         hessian(*parts_of(arrays))
 
 
-@needs_devices
+@needs.devices
 def test_explicit_sharding():
     mesh = jax.make_mesh((2, 4), ("data", "vocab"), axis_types=(AxisType.Explicit,) * 2)
     params, batch = model()
@@ -812,7 +812,7 @@ def test_explicit_sharding():
 # ------------------------------------------------------- compiled for what is not here
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu")
+@needs.libtpu
 @pytest.mark.parametrize(("kernel", "gib"), [("bfloat16", 2.5), ("float32", 1.5)])
 def test_memory_on_tpu(monkeypatch, kernel, gib):
     """8192 tokens of 4096 features and 128256 classes, beside 3.9 GiB of logits."""
@@ -891,5 +891,6 @@ def test_vmapped_axis_is_no_vocabulary():
         ).compute()
 
     shards = np.stack(np.split(arrays["kernel"], 4, axis=1))
+    # Only devices can share a vocabulary: what else is an error, and no wrong number.
     with pytest.raises(NotImplementedError, match="vocab_axis_name"):
         jax.vmap(mean, axis_name="vocab")(shards)

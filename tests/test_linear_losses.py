@@ -18,14 +18,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import wloss_jax as wl
+from tests import needs
 from tests.oracle import reference
 from tests.oracle.tables import every_third, one_of_each, unasked
 
 B, L, D, V, T = 8, 3, 5, 12, 4  # T: features of a teacher
 CLASS_WEIGHTS = np.linspace(0.5, 2.0, V).astype(np.float32)
 CLASS_MASK = np.arange(V) % 5 != 2
-needs_devices = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
-
 
 # --------------------------------------------------------------- the table of losses
 
@@ -498,7 +497,7 @@ def put_on(mesh, x, spec):
 KINDS = [AxisType.Auto, AxisType.Explicit]
 
 
-@needs_devices
+@needs.devices
 @pytest.mark.parametrize(
     ("case", "kind", "spec", "with_mesh"),
     one_of_each(CASES, KINDS, [P("data"), P()], [True, False], every=2),
@@ -520,7 +519,7 @@ def test_sharded_arrays_change_nothing(case, kind, spec, with_mesh):
     assert_close(outcome, expected(case), rtol=5e-6)
 
 
-@needs_devices
+@needs.devices
 @pytest.mark.parametrize(
     ("kind", "with_mesh", "spec"),
     one_of_each(KINDS, [True, False], [P(), P(None, "vocab")]),
@@ -544,7 +543,7 @@ def test_what_a_loss_closes_over_may_be_sharded(kind, spec, with_mesh):
     assert_close(outcome, expected(case), rtol=5e-6)
 
 
-@needs_devices
+@needs.devices
 @of_some_losses
 def test_shard_map_of_tokens_that_differ_alone(case):
     """Nothing but the features and their rows differs between the devices."""
@@ -570,7 +569,7 @@ def test_shard_map_of_tokens_that_differ_alone(case):
     assert_close((value, grads), alone, rtol=5e-6)
 
 
-@needs_devices
+@needs.devices
 @pytest.mark.parametrize(
     ("case", "check_vma"), one_of_each(CASES, [True, False], every=3), ids=str
 )
@@ -600,7 +599,7 @@ def test_shard_map_over_tokens(case, check_vma):
     assert_close((value, grads), (expect[0], expect[1][1:]), rtol=5e-6)
 
 
-@needs_devices
+@needs.devices
 @pytest.mark.parametrize(
     ("case", "check_vma"), one_of_each(SHARDED, [True, False]), ids=str
 )
@@ -1082,7 +1081,7 @@ def test_gradients_by_parts_and_options_at_once():
     assert_close((value, grads[:2]), fixed, rtol=5e-6)
 
 
-@needs_devices
+@needs.devices
 def test_gradient_by_an_option_of_a_sharded_vocabulary_is_an_error():
     arrays = data()
     mesh = Mesh(np.array(jax.devices()[:4]), ("vocab",))
@@ -1144,7 +1143,7 @@ def test_aux_is_of_the_same_tokens_in_the_same_pass(segments):
     )
 
 
-@needs_devices
+@needs.devices
 def test_aux_of_a_sharded_vocabulary():
     arrays = data()
     mesh = Mesh(np.array(jax.devices()[:4]), ("vocab",))

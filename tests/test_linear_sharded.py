@@ -7,7 +7,6 @@ must be right in its numbers; a good one is read off the compiled program.
 
 import contextlib
 import functools
-import importlib.util
 import re
 
 import jax
@@ -18,13 +17,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import wloss_jax as wl
+from tests import needs
 from tests.oracle.tables import every_third, one_of_each
 from tests.test_compiled import loops
 from wloss_jax.linear import _primitives as primitives
 from wloss_jax.linear import _spread
 
 N, D, V = 64, 16, 32
-pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
+pytestmark = needs.devices
 
 # Of the tokens, and of the kernel [D, V].
 LAYOUTS = {
@@ -272,7 +272,7 @@ ON_TPU = {
 }
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu")
+@needs.libtpu
 @pytest.mark.parametrize(
     ("layout", "kind"), one_of_each(ON_TPU, [AxisType.Auto, AxisType.Explicit])
 )

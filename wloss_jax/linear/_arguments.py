@@ -29,7 +29,10 @@ from wloss_jax._checks import (
 )
 from wloss_jax._counting import WhatCounts
 from wloss_jax._devices import check_mapped, vary
-from wloss_jax.linear import _derivatives, _vmap  # noqa: F401  the primitives' rules
+
+# Nothing here calls these two: importing them gives the primitives their rules, without
+# which JAX could neither differentiate nor vmap what is bound below.
+from wloss_jax.linear import _derivatives, _vmap  # noqa: F401 (for their rules)
 from wloss_jax.linear._logits import LogitLoss, Task
 from wloss_jax.linear._primitives import varying
 from wloss_jax.linear._programs import largest_weight, losses_p, total_p
